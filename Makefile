@@ -1,0 +1,67 @@
+# `make` prints the targets; `make demo` and `make test` do all set-up that they need.
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# What `make setup` found or fetched; PG_CONFIG=... on the command line wins.
+pg_config    = $$(cat target/pg_config)
+# The cargo features of the extension: one major version of PostgreSQL.
+pg_features  = --no-default-features --features pg$$($(pg_config) --version | sed -E 's/^PostgreSQL ([0-9]+).*/\1/')
+# pgrx reads the one, the test harness the other.
+environment  = export PGRX_PG_CONFIG_PATH=$(pg_config) PG_CONFIG=$(pg_config) STILLEBOT_AGENT=$(CURDIR)/target/release/stillebot-agent;
+CARGO       ?= cargo
+# Tests spend their time waiting for servers: more of them at once than there are processors.
+TEST_THREADS ?= 6
+
+.PHONY: help setup build install install-agent demo test bench lint clean
+
+help:
+	@echo 'make demo                 two live servers, hopped between under load; KEEP=1 leaves them running'
+	@echo 'make test                 proves every promise, on real servers'
+	@echo 'make bench                figures, as ratios to plain PostgreSQL'
+	@echo 'make setup                packages and a PostgreSQL >= 16 (the other targets call it); PG_CONFIG=... to choose one'
+	@echo 'make build                the extension and the agent, under target/release'
+	@echo 'make install PG_CONFIG=/usr/lib/postgresql/16/bin/pg_config   the extension into that PostgreSQL; honours DESTDIR'
+	@echo 'make install-agent        the agent into $$(PREFIX)/bin, /usr/local by default; honours DESTDIR'
+	@echo 'make lint                 formatting and clippy, without a warning'
+	@echo 'make clean                removes target/, fetched servers included'
+
+setup:
+	@PG_CONFIG='$(PG_CONFIG)' scripts/setup
+
+build: setup
+	@$(environment) $(CARGO) build --release --locked --package stillebot $(pg_features)
+	@$(environment) $(CARGO) build --release --locked --package stillebot-agent
+
+install: setup
+	@$(environment) $(CARGO) build --release --locked --package stillebot $(pg_features)
+	@pg_config=$(pg_config); library=$(DESTDIR)$$($$pg_config --pkglibdir); share=$(DESTDIR)$$($$pg_config --sharedir)/extension; \
+	mkdir -p "$$library" "$$share" 2>/dev/null && test -w "$$library" && test -w "$$share" || \
+	  { echo "make install: cannot write to $$library and $$share; run it as their owner (root, usually)" >&2; exit 1; }; \
+	rm -f "$$library/stillebot.so"; \
+	install -m 755 target/release/libstillebot.so "$$library/stillebot.so"; \
+	install -m 644 extension/stillebot.control sql/stillebot--*.sql "$$share/"; \
+	echo "installed stillebot into $$library and $$share"
+
+PREFIX ?= /usr/local
+install-agent: setup
+	@$(environment) $(CARGO) build --release --locked --package stillebot-agent
+	install -D -m 755 target/release/stillebot-agent '$(DESTDIR)$(PREFIX)/bin/stillebot-agent'
+
+demo: build install
+	@$(environment) $(CARGO) run --quiet --release --locked --package stillebot-tests --bin demo
+
+test: build install
+	@$(environment) $(CARGO) test --release --locked --package stillebot $(pg_features)
+	@$(environment) $(CARGO) test --release --locked --package stillebot-agent --package stillebot-tests -- --test-threads=$(TEST_THREADS)
+
+bench: build install
+	@$(environment) $(CARGO) run --quiet --release --locked --package stillebot-tests --bin bench
+
+lint: setup
+	@$(CARGO) fmt --all --check
+	@$(environment) $(CARGO) clippy --release --locked --all-targets --package stillebot $(pg_features) -- -D warnings
+	@$(environment) $(CARGO) clippy --release --locked --all-targets --package stillebot-agent --package stillebot-tests -- -D warnings
+
+clean:
+	$(CARGO) clean
