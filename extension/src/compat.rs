@@ -1,0 +1,297 @@
+//! PostgreSQL as this extension needs it and pgrx does not offer it: functions without a binding, functions that hooks
+//! must call as plain C, and the differences between major versions. No other file has `cfg(feature = "pg..")`.
+//!
+//! pgrx wraps every bound function in a guard that turns an ERROR into a Rust panic. A hook that is a plain frame has
+//! nobody to catch it, so whatever may raise there is declared here, unwrapped: the ERROR then passes over our frames,
+//! which hold nothing to drop, straight to PostgreSQL's own handler with all its fields intact.
+
+use std::ffi::{c_char, c_int, c_void};
+
+use pgrx::pg_sys;
+
+use crate::readonly;
+
+unsafe extern "C-unwind" {
+    pub fn standard_ExecutorStart(query: *mut pg_sys::QueryDesc, eflags: c_int);
+    #[cfg(any(feature = "pg16", feature = "pg17"))]
+    fn standard_ExecutorRun(
+        query: *mut pg_sys::QueryDesc,
+        direction: pg_sys::ScanDirection::Type,
+        count: u64,
+        once: bool,
+    );
+    #[cfg(feature = "pg18")]
+    fn standard_ExecutorRun(query: *mut pg_sys::QueryDesc, direction: pg_sys::ScanDirection::Type, count: u64);
+    pub fn standard_ProcessUtility(
+        statement: *mut pg_sys::PlannedStmt,
+        source: *const c_char,
+        read_only_tree: bool,
+        context: pg_sys::ProcessUtilityContext::Type,
+        params: pg_sys::ParamListInfo,
+        environment: *mut pg_sys::QueryEnvironment,
+        dest: *mut pg_sys::DestReceiver,
+        completion: *mut pg_sys::QueryCompletion,
+    );
+    pub fn GetCommandLogLevel(statement: *mut pg_sys::Node) -> pg_sys::LogStmtLevel::Type;
+    pub fn PreventCommandIfReadOnly(command: *const c_char);
+    pub fn GetTopTransactionIdIfAny() -> pg_sys::TransactionId;
+    pub fn IsTransactionState() -> bool;
+    pub fn IsLogicalWorker() -> bool;
+    pub fn RecoveryInProgress() -> bool;
+    pub fn geterrcode() -> c_int;
+    pub fn errhint(format: *const c_char, ...) -> c_int;
+
+    pub fn table_open(relation: pg_sys::Oid, lock: pg_sys::LOCKMODE) -> pg_sys::Relation;
+    pub fn table_close(relation: pg_sys::Relation, lock: pg_sys::LOCKMODE);
+    pub fn ScanKeyInit(
+        key: *mut pg_sys::ScanKeyData,
+        attribute: pg_sys::AttrNumber,
+        strategy: pg_sys::StrategyNumber,
+        procedure: pg_sys::RegProcedure,
+        argument: pg_sys::Datum,
+    );
+    pub fn systable_beginscan(
+        relation: pg_sys::Relation,
+        index: pg_sys::Oid,
+        use_index: bool,
+        snapshot: pg_sys::Snapshot,
+        keys: c_int,
+        key: *mut pg_sys::ScanKeyData,
+    ) -> pg_sys::SysScanDesc;
+    pub fn systable_getnext(scan: pg_sys::SysScanDesc) -> pg_sys::HeapTuple;
+    pub fn systable_endscan(scan: pg_sys::SysScanDesc);
+    pub fn heap_deform_tuple(
+        tuple: pg_sys::HeapTuple,
+        descriptor: pg_sys::TupleDesc,
+        values: *mut pg_sys::Datum,
+        nulls: *mut bool,
+    );
+    pub fn pg_detoast_datum(datum: *mut pg_sys::varlena) -> *mut pg_sys::varlena;
+    pub fn deconstruct_array_builtin(
+        array: *mut pg_sys::ArrayType,
+        element_type: pg_sys::Oid,
+        elements: *mut *mut pg_sys::Datum,
+        nulls: *mut *mut bool,
+        count: *mut c_int,
+    );
+    pub fn text_to_cstring(text: *const pg_sys::text) -> *mut c_char;
+    pub fn get_database_oid(name: *const c_char, missing_ok: bool) -> pg_sys::Oid;
+    pub fn pgstat_clear_backend_activity_snapshot();
+
+    static max_prepared_xacts: c_int;
+
+    fn AlterSetting(database: pg_sys::Oid, role: pg_sys::Oid, statement: *mut pg_sys::VariableSetStmt);
+    fn AlterSubscription(
+        parse_state: *mut pg_sys::ParseState,
+        statement: *mut pg_sys::Node,
+        is_top_level: bool,
+    ) -> pg_sys::ObjectAddress;
+    fn Async_Notify(channel: *const c_char, payload: *const c_char);
+    #[cfg(feature = "pg16")]
+    fn LogLogicalMessage(prefix: *const c_char, message: *const c_char, size: usize, transactional: bool) -> u64;
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    fn LogLogicalMessage(
+        prefix: *const c_char,
+        message: *const c_char,
+        size: usize,
+        transactional: bool,
+        flush: bool,
+    ) -> u64;
+    #[cfg(feature = "pg16")]
+    fn BackendIdGetTransactionIds(
+        backend: c_int,
+        xid: *mut pg_sys::TransactionId,
+        xmin: *mut pg_sys::TransactionId,
+        subxids: *mut c_int,
+        overflowed: *mut bool,
+    );
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    fn ProcNumberGetTransactionIds(
+        backend: c_int,
+        xid: *mut pg_sys::TransactionId,
+        xmin: *mut pg_sys::TransactionId,
+        subxids: *mut c_int,
+        overflowed: *mut bool,
+    );
+}
+
+/// pg_db_role_setting and its primary key: settings attached to databases and roles.
+pub const DB_ROLE_SETTING: pg_sys::Oid = pg_sys::Oid::from_u32(2964);
+pub const DB_ROLE_SETTING_PKEY: pg_sys::Oid = pg_sys::Oid::from_u32(2965);
+
+/// ExecutorRun's arguments past the query: 18 dropped the last one.
+#[cfg(any(feature = "pg16", feature = "pg17"))]
+pub type RunArguments = (pg_sys::ScanDirection::Type, u64, bool);
+#[cfg(feature = "pg18")]
+pub type RunArguments = (pg_sys::ScanDirection::Type, u64);
+
+static mut PREVIOUS_EXECUTOR_RUN: pg_sys::ExecutorRun_hook_type = None;
+
+/// Puts readonly.rs before ExecutorRun.
+///
+/// # Safety
+/// Called once, from _PG_init.
+pub unsafe fn hook_executor_run() {
+    // SAFETY: as above.
+    unsafe {
+        PREVIOUS_EXECUTOR_RUN = pg_sys::ExecutorRun_hook;
+        pg_sys::ExecutorRun_hook = Some(executor_run);
+    }
+}
+
+#[cfg(any(feature = "pg16", feature = "pg17"))]
+unsafe extern "C-unwind" fn executor_run(
+    query: *mut pg_sys::QueryDesc,
+    direction: pg_sys::ScanDirection::Type,
+    count: u64,
+    once: bool,
+) {
+    // SAFETY: as PostgreSQL called us.
+    unsafe { readonly::executor_run(query, (direction, count, once)) }
+}
+
+#[cfg(feature = "pg18")]
+unsafe extern "C-unwind" fn executor_run(
+    query: *mut pg_sys::QueryDesc,
+    direction: pg_sys::ScanDirection::Type,
+    count: u64,
+) {
+    // SAFETY: as PostgreSQL called us.
+    unsafe { readonly::executor_run(query, (direction, count)) }
+}
+
+/// Goes on to what was there before us.
+///
+/// # Safety
+/// As for ExecutorRun: `query` is live and was started.
+pub unsafe fn next_executor_run(query: *mut pg_sys::QueryDesc, arguments: RunArguments) {
+    // SAFETY: passed on unchanged from PostgreSQL's own call.
+    unsafe {
+        #[cfg(any(feature = "pg16", feature = "pg17"))]
+        match PREVIOUS_EXECUTOR_RUN {
+            Some(hook) => hook(query, arguments.0, arguments.1, arguments.2),
+            None => standard_ExecutorRun(query, arguments.0, arguments.1, arguments.2),
+        }
+        #[cfg(feature = "pg18")]
+        match PREVIOUS_EXECUTOR_RUN {
+            Some(hook) => hook(query, arguments.0, arguments.1),
+            None => standard_ExecutorRun(query, arguments.0, arguments.1),
+        }
+    }
+}
+
+/// This backend's number, as virtual transaction ids carry it.
+pub fn my_backend() -> c_int {
+    // SAFETY: a plain integer, set once before any statement runs.
+    unsafe {
+        #[cfg(feature = "pg16")]
+        return pg_sys::MyBackendId;
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        return pg_sys::MyProcNumber;
+    }
+}
+
+/// The local id of this backend's transaction; 0 outside one.
+pub fn my_local_xid() -> u32 {
+    // SAFETY: MyProc is set before any statement runs, and only this backend writes the field.
+    unsafe {
+        #[cfg(feature = "pg16")]
+        return (*pg_sys::MyProc).lxid;
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        return (*pg_sys::MyProc).vxid.lxid;
+    }
+}
+
+/// The backend number of a virtual transaction id. A prepared transaction keeps that of the backend that prepared it.
+pub fn backend_of(vxid: &pg_sys::VirtualTransactionId) -> c_int {
+    #[cfg(feature = "pg16")]
+    return vxid.backendId;
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    return vxid.procNumber;
+}
+
+/// Whether there can be prepared transactions.
+pub fn two_phase_is_on() -> bool {
+    // SAFETY: a plain integer, constant while the server runs.
+    unsafe { max_prepared_xacts > 0 }
+}
+
+/// Whether a backend's transaction has an id, that is, has begun to write.
+pub fn has_xid(backend: c_int) -> bool {
+    let (mut xid, mut xmin) = (pg_sys::InvalidTransactionId, pg_sys::InvalidTransactionId);
+    let (mut subxids, mut overflowed) = (0, false);
+    // SAFETY: the function takes the lock it needs, and answers "none" for a number that is not in use.
+    unsafe {
+        #[cfg(feature = "pg16")]
+        BackendIdGetTransactionIds(backend, &mut xid, &mut xmin, &mut subxids, &mut overflowed);
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        ProcNumberGetTransactionIds(backend, &mut xid, &mut xmin, &mut subxids, &mut overflowed);
+    }
+    xid != pg_sys::InvalidTransactionId
+}
+
+/// What the server's activity report says of a backend: its pid, and whether it waits in an open transaction for its
+/// client. From a snapshot that lasts until [`pgstat_clear_backend_activity_snapshot`].
+pub fn activity(backend: c_int) -> Option<(c_int, bool)> {
+    use pg_sys::BackendState::{STATE_IDLE, STATE_IDLEINTRANSACTION, STATE_IDLEINTRANSACTION_ABORTED};
+    // SAFETY: points into this backend's own copy of the report, or is null.
+    let entry = unsafe {
+        #[cfg(feature = "pg16")]
+        let entry = pg_sys::pgstat_get_beentry_by_backend_id(backend);
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        let entry = pg_sys::pgstat_get_beentry_by_proc_number(backend);
+        entry.as_ref()?
+    };
+    let idle = matches!(entry.st_state, STATE_IDLE | STATE_IDLEINTRANSACTION | STATE_IDLEINTRANSACTION_ABORTED);
+    Some((entry.st_procpid, idle))
+}
+
+/// Writes a marker into the WAL and returns the position after it.
+pub fn log_marker() -> u64 {
+    // SAFETY: both strings outlive the call. It may raise: only called from guarded functions.
+    unsafe {
+        guarded(|| {
+            #[cfg(feature = "pg16")]
+            return LogLogicalMessage(c"stillebot".as_ptr(), c"down".as_ptr(), 4, false);
+            #[cfg(any(feature = "pg17", feature = "pg18"))]
+            return LogLogicalMessage(c"stillebot".as_ptr(), c"down".as_ptr(), 4, false, false);
+        })
+    }
+}
+
+/// # Safety
+/// `statement` comes from PostgreSQL's parser. It may raise: only called from guarded functions.
+pub unsafe fn alter_setting(database: pg_sys::Oid, statement: *mut pg_sys::VariableSetStmt) {
+    // SAFETY: as above.
+    unsafe { guarded(|| AlterSetting(database, pg_sys::InvalidOid, statement)) }
+}
+
+/// # Safety
+/// `statement` is an AlterSubscriptionStmt from PostgreSQL's parser, and no transaction block is open. It may raise:
+/// only called from guarded functions.
+pub unsafe fn alter_subscription(statement: *mut pg_sys::Node) {
+    // SAFETY: as above.
+    unsafe {
+        let parse_state = pg_sys::make_parsestate(std::ptr::null_mut());
+        guarded(|| AlterSubscription(parse_state, statement, true));
+    }
+}
+
+/// Sends a notification at commit.
+pub fn notify(channel: &std::ffi::CStr, payload: &std::ffi::CStr) {
+    // SAFETY: both strings are copied. It may raise: only called from guarded functions.
+    unsafe { guarded(|| Async_Notify(channel.as_ptr(), payload.as_ptr())) }
+}
+
+/// Runs a function without a pgrx binding the way pgrx runs bound ones: an ERROR becomes a panic, which the guard of
+/// the calling SQL function turns back into the same ERROR after Rust's frames are unwound.
+///
+/// # Safety
+/// `call` holds nothing to drop: an ERROR leaves it by longjmp.
+unsafe fn guarded<T>(call: impl FnOnce() -> T) -> T {
+    // SAFETY: the caller's promise.
+    unsafe { pg_sys::ffi::pg_guard_ffi_boundary(call) }
+}
+
+/// For [`pg_sys::RegisterXactCallback`] and hooks that want an argument they never use.
+pub const NO_ARGUMENT: *mut c_void = std::ptr::null_mut();

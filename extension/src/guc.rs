@@ -1,0 +1,131 @@
+//! The settings. Everyone else reads them through the functions here.
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use pgrx::pg_sys;
+
+use crate::state::{Mode, State};
+use crate::{compat, readonly};
+
+static mut STATE: *mut c_char = null_mut();
+static mut NODE: *mut c_char = null_mut();
+
+/// Whether this session was told at its start that its database is down. Never changes afterwards.
+static STARTED_DOWN: AtomicBool = AtomicBool::new(false);
+
+pub fn init() {
+    // SAFETY: called from _PG_init; the variables are static, the strings too.
+    unsafe {
+        pg_sys::DefineCustomStringVariable(
+            c"stillebot.state".as_ptr(),
+            c"Whether the database is up or down, since when, by whom and why.".as_ptr(),
+            c"Kept with the database by stillebot_down() and stillebot_up(); nobody else can set it. Empty means up."
+                .as_ptr(),
+            &raw mut STATE,
+            c"".as_ptr(),
+            pg_sys::GucContext::PGC_SUSET,
+            (pg_sys::GUC_DISALLOW_IN_FILE | pg_sys::GUC_DISALLOW_IN_AUTO_FILE | pg_sys::GUC_NOT_IN_SAMPLE) as i32,
+            Some(check_state),
+            Some(assign_state),
+            None,
+        );
+        pg_sys::DefineCustomStringVariable(
+            c"stillebot.node".as_ptr(),
+            c"The name of this node, as the agent's configuration and the operator call it.".as_ptr(),
+            null(),
+            &raw mut NODE,
+            c"".as_ptr(),
+            pg_sys::GucContext::PGC_SIGHUP,
+            0,
+            None,
+            None,
+            None,
+        );
+        pg_sys::MarkGUCPrefixReserved(c"stillebot".as_ptr());
+    }
+}
+
+/// The name of this node, if it was given one.
+pub fn node() -> Option<String> {
+    // SAFETY: a string setting is null or points to a C string that the setting owns.
+    let name = unsafe { NODE.as_ref().map(|name| CStr::from_ptr(name)) }?;
+    (!name.is_empty()).then(|| name.to_string_lossy().into_owned())
+}
+
+/// The recorded state as this session got it when it connected.
+pub fn session_state() -> State {
+    // SAFETY: as above.
+    let text = unsafe { STATE.as_ref().map(|text| CStr::from_ptr(text)) };
+    State::parse(&text.unwrap_or_default().to_string_lossy())
+}
+
+pub fn session_started_down() -> bool {
+    STARTED_DOWN.load(Relaxed)
+}
+
+/// Makes the calling session what a new one would be, now that its database is up: one that connected while it was down
+/// would go on in default_transaction_read_only. Takes effect with the transaction, and is reported to the client.
+pub fn leave_read_only() {
+    // SAFETY: both strings are static; a setting that every user may change.
+    unsafe {
+        if session_started_down() && pg_sys::DefaultXactReadOnly {
+            pg_sys::SetConfigOption(
+                c"default_transaction_read_only".as_ptr(),
+                c"off".as_ptr(),
+                pg_sys::GucContext::PGC_USERSET,
+                pg_sys::GucSource::PGC_S_SESSION,
+            );
+        }
+    }
+}
+
+/// The state comes from the database or not at all: not from SET, not from a role, not from a connection's options.
+/// PGC_S_TEST is `alter database .. set` trying a value; readonly.rs decides who may do that.
+unsafe extern "C-unwind" fn check_state(
+    _value: *mut *mut c_char,
+    _extra: *mut *mut c_void,
+    source: pg_sys::GucSource::Type,
+) -> bool {
+    use pg_sys::GucSource::{PGC_S_DATABASE, PGC_S_DEFAULT, PGC_S_DYNAMIC_DEFAULT, PGC_S_TEST};
+    let allowed = matches!(source, PGC_S_DEFAULT | PGC_S_DYNAMIC_DEFAULT | PGC_S_DATABASE | PGC_S_TEST);
+    if !allowed {
+        // SAFETY: only printed, never freed, by the caller of this hook.
+        unsafe {
+            pg_sys::GUC_check_errdetail_string =
+                c"Only stillebot_down() and stillebot_up() change the state of a database.".as_ptr().cast_mut();
+        }
+    }
+    allowed
+}
+
+/// Runs when a session takes the setting over from its database, before the client is told of the session's settings.
+///
+/// A database that was the only writable node before its server restarted has no default_transaction_read_only of its
+/// own, but must not look writable to libpq and to the bot while it refuses writes.
+unsafe extern "C-unwind" fn assign_state(value: *const c_char, _extra: *mut c_void) {
+    // SAFETY: PostgreSQL passes null or a C string.
+    let Some(value) = (unsafe { value.as_ref() }) else { return };
+    // SAFETY: as above.
+    let state = State::parse(&unsafe { CStr::from_ptr(value) }.to_string_lossy());
+    if state.state == Mode::Down {
+        STARTED_DOWN.store(true, Relaxed);
+    }
+    // SAFETY: plain reads and a plain write of a backend-local setting.
+    unsafe {
+        if state.sole
+            && pg_sys::MyDatabaseId != pg_sys::InvalidOid
+            && !compat::IsLogicalWorker()
+            && readonly::is_rejoining()
+        {
+            pg_sys::DefaultXactReadOnly = true;
+            STARTED_DOWN.store(true, Relaxed);
+        }
+    }
+}
+
+/// A C string of Rust text, which in PostgreSQL never holds a NUL byte.
+pub fn c_string(text: &str) -> CString {
+    CString::new(text.replace('\0', "")).expect("NUL bytes are gone")
+}

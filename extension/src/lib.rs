@@ -1,0 +1,27 @@
+//! stillebot: a PostgreSQL database that can be taken down, truly and lastingly read-only, and up again.
+//!
+//! `_PG_init` below is the table of contents. SQL objects are declared by hand in `sql/`; each C function there is a
+//! `#[pg_extern(sql = false)]` of verbs.rs.
+
+mod catalog;
+mod compat;
+mod guc;
+mod readonly;
+mod shmem;
+mod state;
+mod verbs;
+
+pgrx::pg_module_magic!();
+
+/// Called by PostgreSQL when the library is loaded: once in the postmaster if it is preloaded, and inherited by all
+/// backends; otherwise in any session that calls one of its functions, where it can only say what to set.
+#[pgrx::pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    // SAFETY: a plain read of a value that the postmaster sets around preloading.
+    if !unsafe { pgrx::pg_sys::process_shared_preload_libraries_in_progress } {
+        return;
+    }
+    guc::init();
+    shmem::init();
+    readonly::init();
+}

@@ -1,0 +1,547 @@
+//! Read-only mode: four hooks before anything that could write, and one at commit.
+//!
+//! The hooks decide one thing only, whether this database is closed to this process, and then turn PostgreSQL's own
+//! switch, `XactReadOnly`; which statements a read-only transaction may run is core's knowledge, not ours. The four
+//! are needed together: a portal bound before the edge meets ExecutorRun only, a fastpath call or `x := nextval()` in
+//! PL/pgSQL meets no executor at all but object_access.
+//!
+//! Hooks are plain `extern "C-unwind"` functions without pgrx's guard: an ERROR of the statement passes over them by
+//! longjmp, so they hold nothing to drop, never panic, and call only what compat.rs declares for them.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::time::SystemTime;
+
+use pgrx::pg_sys;
+
+use crate::shmem::{self, Backend, Database, Effect, Gate};
+use crate::state::{Mode, State};
+use crate::{catalog, compat, guc};
+
+static mut PREVIOUS_EXECUTOR_START: pg_sys::ExecutorStart_hook_type = None;
+static mut PREVIOUS_PROCESS_UTILITY: pg_sys::ProcessUtility_hook_type = None;
+static mut PREVIOUS_OBJECT_ACCESS: pg_sys::object_access_hook_type = None;
+static mut PREVIOUS_EMIT_LOG: pg_sys::emit_log_hook_type = None;
+
+pub fn init() {
+    // SAFETY: called from _PG_init in the postmaster; backends inherit hooks and callback.
+    unsafe {
+        PREVIOUS_EXECUTOR_START = pg_sys::ExecutorStart_hook;
+        pg_sys::ExecutorStart_hook = Some(executor_start);
+        compat::hook_executor_run();
+        PREVIOUS_PROCESS_UTILITY = pg_sys::ProcessUtility_hook;
+        pg_sys::ProcessUtility_hook = Some(process_utility);
+        PREVIOUS_OBJECT_ACCESS = pg_sys::object_access_hook;
+        pg_sys::object_access_hook = Some(object_access);
+        PREVIOUS_EMIT_LOG = pg_sys::emit_log_hook;
+        pg_sys::emit_log_hook = Some(emit_log);
+        pg_sys::RegisterXactCallback(Some(transaction_event), compat::NO_ARGUMENT);
+    }
+}
+
+// --- Whom it binds ----------------------------------------------------------------------------------------------
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Process {
+    Unasked = 0,
+    /// Sessions, and background workers of others: bound by the state of their database.
+    Ordinary = 1,
+    /// Apply and table synchronisation: replication goes on while down.
+    Replication = 2,
+    /// Autovacuum writes no data; a parallel worker cannot write, and its leader is bound.
+    Exempt = 3,
+}
+
+static PROCESS: AtomicU8 = AtomicU8::new(Process::Unasked as u8);
+
+#[inline]
+fn process() -> Process {
+    match PROCESS.load(Relaxed) {
+        1 => Process::Ordinary,
+        2 => Process::Replication,
+        3 => Process::Exempt,
+        _ => classify(),
+    }
+}
+
+#[cold]
+fn classify() -> Process {
+    // SAFETY: backend-local values, settled before a process runs its first statement.
+    let process = unsafe {
+        if compat::IsLogicalWorker() {
+            Process::Replication
+        } else if pg_sys::ParallelWorkerNumber >= 0 || pg_sys::MyBackendType == pg_sys::BackendType::B_AUTOVAC_WORKER {
+            Process::Exempt
+        } else {
+            Process::Ordinary
+        }
+    };
+    PROCESS.store(process as u8, Relaxed);
+    process
+}
+
+// --- The decision -----------------------------------------------------------------------------------------------
+
+/// Called before anything runs. Returns whether the database is closed to this process, in which case the transaction
+/// is read-only from here on.
+#[inline]
+fn enter(effect: Effect) -> bool {
+    match process() {
+        Process::Ordinary => {}
+        Process::Replication => {
+            let_replication_write();
+            return false;
+        }
+        _ => return false,
+    }
+    let (Some(database), Some(backend)) = (shmem::my_database(), shmem::my_backend()) else {
+        return without_a_slot();
+    };
+    // SAFETY: backend-local.
+    if effect != Effect::Nothing && !unsafe { pg_sys::XactReadOnly } {
+        backend.note(compat::my_local_xid(), effect);
+    }
+    match database.gate() {
+        Gate::Open => false,
+        Gate::Unknown => resolve(database) && refuse(backend),
+        Gate::Draining | Gate::Severing | Gate::Closed => refuse(backend),
+    }
+}
+
+#[cold]
+fn refuse(backend: &Backend) -> bool {
+    // SAFETY: backend-local; the same assignment as SET TRANSACTION READ ONLY ends in.
+    unsafe {
+        pg_sys::XactReadOnly = true;
+        // Without an id it has written nothing, and from here on it cannot: nobody needs to wait for it.
+        if compat::GetTopTransactionIdIfAny() == pg_sys::InvalidTransactionId {
+            backend.forget();
+        }
+    }
+    true
+}
+
+/// The first look at a database since the server started: what the catalog says holds, after what a restart does to
+/// it. Returns whether the database is closed.
+///
+/// The catalog and not the session's setting, because a session that connected to a standby before its promotion may
+/// have an old one. Two sessions may come here at once; they read the same, and the second to publish changes nothing.
+#[cold]
+fn resolve(database: &Database) -> bool {
+    // SAFETY: asks for nothing but state of the backend.
+    unsafe {
+        if compat::RecoveryInProgress() {
+            return false; // Core refuses writes itself, and what a standby's catalog says may change before promotion.
+        }
+        if !compat::IsTransactionState() {
+            return guc::session_started_down(); // An aborted transaction: only ROLLBACK comes through here.
+        }
+        let recorded = catalog::recorded(pg_sys::MyDatabaseId, catalog::STATE);
+        publish(database, recorded)
+    }
+}
+
+/// The part of [`resolve`] that owns memory, and so must not raise.
+fn publish(database: &Database, recorded: *const c_char) -> bool {
+    let recorded = if recorded.is_null() {
+        State::up()
+    } else {
+        // SAFETY: a C string fresh from the catalog.
+        State::parse(&unsafe { CStr::from_ptr(recorded) }.to_string_lossy())
+    };
+    let state = recorded.after_restart(SystemTime::now());
+    database.publish(if state.state == Mode::Down { Gate::Closed } else { Gate::Open }, &state.to_json());
+    database.gate() != Gate::Open
+}
+
+/// No slot: the server has more databases than shmem.rs has room for. stillebot_down() refuses there, but one that
+/// was down before stays down by what its sessions were told.
+#[cold]
+fn without_a_slot() -> bool {
+    if guc::session_started_down() {
+        // SAFETY: backend-local.
+        unsafe { pg_sys::XactReadOnly = true };
+        return true;
+    }
+    false
+}
+
+/// A worker that started while its database was down has default_transaction_read_only = on like every session. Apply
+/// itself does not look at it, but triggers that write through SPI and defaults that call nextval() would fail.
+fn let_replication_write() {
+    if guc::session_started_down() {
+        // SAFETY: backend-local; what SET and SET TRANSACTION would do.
+        unsafe {
+            pg_sys::DefaultXactReadOnly = false;
+            pg_sys::XactReadOnly = false;
+        }
+    }
+}
+
+/// Whether this database refuses writes because it was the only writable node when its server stopped. Asked before
+/// a session's first statement.
+pub fn is_rejoining() -> bool {
+    shmem::my_database().is_some_and(|database| match database.gate() {
+        Gate::Unknown => true,
+        Gate::Open => false,
+        _ => database.text().is_none_or(|text| State::parse(&text).rejoin),
+    })
+}
+
+// --- The hooks --------------------------------------------------------------------------------------------------
+
+unsafe fn effect_of(query: *mut pg_sys::QueryDesc) -> Effect {
+    // SAFETY: the executor's hooks are given a live query with a plan.
+    let (operation, modifies) = unsafe { ((*query).operation, (*(*query).plannedstmt).hasModifyingCTE) };
+    if operation == pg_sys::CmdType::CMD_SELECT && !modifies { Effect::Perhaps } else { Effect::Writes }
+}
+
+unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, eflags: c_int) {
+    // SAFETY: arguments are passed on as they came; `hint` outlives the call that may use it.
+    unsafe {
+        let closed = enter(effect_of(query));
+        let mut hint = Hint::new();
+        hint.push(closed);
+        match PREVIOUS_EXECUTOR_START {
+            Some(hook) => hook(query, eflags),
+            None => compat::standard_ExecutorStart(query, eflags),
+        }
+        hint.pop(closed);
+    }
+}
+
+/// # Safety
+/// As for an ExecutorRun hook, which is in compat.rs because its arguments differ between versions.
+pub unsafe fn executor_run(query: *mut pg_sys::QueryDesc, arguments: compat::RunArguments) {
+    // SAFETY: as in executor_start.
+    unsafe {
+        let closed = enter(effect_of(query));
+        let mut hint = Hint::new();
+        hint.push(closed);
+        compat::next_executor_run(query, arguments);
+        hint.pop(closed);
+    }
+}
+
+#[allow(clippy::too_many_arguments)] // The signature is PostgreSQL's.
+unsafe extern "C-unwind" fn process_utility(
+    statement: *mut pg_sys::PlannedStmt,
+    source: *const c_char,
+    read_only_tree: bool,
+    context: pg_sys::ProcessUtilityContext::Type,
+    params: pg_sys::ParamListInfo,
+    environment: *mut pg_sys::QueryEnvironment,
+    dest: *mut pg_sys::DestReceiver,
+    completion: *mut pg_sys::QueryCompletion,
+) {
+    // SAFETY: arguments are passed on as they came; `hint` outlives the call that may use it.
+    unsafe {
+        let node = (*statement).utilityStmt;
+        let changes = compat::GetCommandLogLevel(node) != pg_sys::LogStmtLevel::LOGSTMT_ALL;
+        let closed = !always_allowed(node) && enter(if changes { Effect::Writes } else { Effect::Nothing });
+        let mut hint = Hint::new();
+        hint.push(closed);
+        if closed {
+            refuse_two_phase(node);
+        }
+        refuse_to_touch_the_record(node);
+
+        // Some commands commit in the middle, and what they do next has another transaction id than the one marked.
+        // Only at top level, where nothing catches an ERROR below us: the abort that follows clears the flag.
+        let spans = changes && context == pg_sys::ProcessUtilityContext::PROCESS_UTILITY_TOPLEVEL;
+        if spans {
+            set_in_utility(true);
+        }
+        match PREVIOUS_PROCESS_UTILITY {
+            Some(hook) => {
+                hook(statement, source, read_only_tree, context, params, environment, dest, completion);
+            }
+            None => compat::standard_ProcessUtility(
+                statement,
+                source,
+                read_only_tree,
+                context,
+                params,
+                environment,
+                dest,
+                completion,
+            ),
+        }
+        if spans {
+            set_in_utility(false);
+        }
+        hint.pop(closed);
+    }
+}
+
+fn set_in_utility(running: bool) {
+    if process() == Process::Ordinary
+        && let Some(backend) = shmem::my_backend()
+    {
+        backend.set_in_utility(running);
+    }
+}
+
+unsafe extern "C-unwind" fn object_access(
+    access: pg_sys::ObjectAccessType::Type,
+    class: pg_sys::Oid,
+    object: pg_sys::Oid,
+    sub: c_int,
+    argument: *mut c_void,
+) {
+    if access == pg_sys::ObjectAccessType::OAT_FUNCTION_EXECUTE {
+        enter(Effect::Perhaps);
+    }
+    // SAFETY: arguments are passed on as they came.
+    unsafe {
+        if let Some(hook) = PREVIOUS_OBJECT_ACCESS {
+            hook(access, class, object, sub, argument);
+        }
+    }
+}
+
+/// Commands that core counts as writing but that a closed database lets through: running and mending replication must
+/// not require opening the database. They change no data; a copy that REFRESH starts is replication.
+///
+/// # Safety
+/// `node` is a statement of PostgreSQL's.
+unsafe fn always_allowed(node: *mut pg_sys::Node) -> bool {
+    use pg_sys::AlterSubscriptionType::*;
+    // SAFETY: the tag says what the node is.
+    unsafe {
+        (*node).type_ == pg_sys::NodeTag::T_AlterSubscriptionStmt
+            && matches!(
+                (*node.cast::<pg_sys::AlterSubscriptionStmt>()).kind,
+                ALTER_SUBSCRIPTION_REFRESH | ALTER_SUBSCRIPTION_ENABLED | ALTER_SUBSCRIPTION_SKIP
+            )
+    }
+}
+
+/// Core lets a read-only transaction prepare, and commits prepared ones without asking.
+///
+/// # Safety
+/// `node` is a statement of PostgreSQL's, and XactReadOnly is set.
+unsafe fn refuse_two_phase(node: *mut pg_sys::Node) {
+    use pg_sys::TransactionStmtKind::{TRANS_STMT_COMMIT_PREPARED, TRANS_STMT_PREPARE};
+    // SAFETY: the tag says what the node is.
+    unsafe {
+        if (*node).type_ == pg_sys::NodeTag::T_TransactionStmt {
+            match (*node.cast::<pg_sys::TransactionStmt>()).kind {
+                TRANS_STMT_PREPARE => compat::PreventCommandIfReadOnly(c"PREPARE TRANSACTION".as_ptr()),
+                TRANS_STMT_COMMIT_PREPARED => compat::PreventCommandIfReadOnly(c"COMMIT PREPARED".as_ptr()),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// From another database ALTER DATABASE could make a down database forget, at its next restart, that it is down.
+/// pg_upgrade may: it carries the record over.
+///
+/// # Safety
+/// `node` is a statement of PostgreSQL's, in a transaction.
+unsafe fn refuse_to_touch_the_record(node: *mut pg_sys::Node) {
+    // SAFETY: the tag says what the node is; strings are null or C strings.
+    unsafe {
+        if pg_sys::IsBinaryUpgrade {
+            return;
+        }
+        // ALTER ROLE ALL IN DATABASE .. is another way to write ALTER DATABASE .. .
+        let (database, change) = match (*node).type_ {
+            pg_sys::NodeTag::T_AlterDatabaseSetStmt => {
+                let statement = node.cast::<pg_sys::AlterDatabaseSetStmt>();
+                ((*statement).dbname, (*statement).setstmt)
+            }
+            pg_sys::NodeTag::T_AlterRoleSetStmt => {
+                let statement = node.cast::<pg_sys::AlterRoleSetStmt>();
+                let database = if (*statement).role.is_null() { (*statement).database } else { std::ptr::null_mut() };
+                (database, (*statement).setstmt)
+            }
+            _ => return,
+        };
+        let names_it = !(*change).name.is_null()
+            && CStr::from_ptr((*change).name).to_bytes().eq_ignore_ascii_case(catalog::STATE.to_bytes());
+        let resets_all = (*change).kind == pg_sys::VariableSetKind::VAR_RESET_ALL && !database.is_null() && {
+            let database = compat::get_database_oid(database, true);
+            database != pg_sys::InvalidOid && !catalog::recorded(database, catalog::STATE).is_null()
+        };
+        if names_it || resets_all {
+            pg_sys::XactReadOnly = true;
+            let mut hint = Hint::new();
+            hint.0.callback = Some(hint_at_verbs);
+            hint.push(true);
+            compat::PreventCommandIfReadOnly(c"a change of stillebot.state".as_ptr());
+        }
+    }
+}
+
+// --- The end of a transaction -----------------------------------------------------------------------------------
+
+/// A change of state that takes effect with the transaction that recorded it, or not at all.
+pub struct Pending {
+    pub database: &'static Database,
+    pub before: (Gate, String),
+    pub after: (Gate, String),
+}
+
+static PENDING: Mutex<Option<Pending>> = Mutex::new(None);
+
+/// Lets the end of the current transaction settle a change: commit makes it so, abort (an error, a cancelled or
+/// disconnected call, a terminated session) puts back what was.
+pub fn settle_at_end(pending: Pending) {
+    *PENDING.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(pending);
+}
+
+fn take_pending() -> Option<Pending> {
+    PENDING.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take()
+}
+
+fn is_pending() -> bool {
+    PENDING.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).is_some()
+}
+
+unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _argument: *mut c_void) {
+    use pg_sys::XactEvent::*;
+    match event {
+        // SAFETY: raises, as this event allows, with nothing of ours on the stack.
+        XACT_EVENT_PRE_COMMIT | XACT_EVENT_PRE_PREPARE => unsafe { refuse_to_commit_past_the_edge() },
+        XACT_EVENT_COMMIT => {
+            if let Some(Pending { database, after, .. }) = take_pending() {
+                database.set(after.0, &after.1);
+            }
+        }
+        XACT_EVENT_ABORT => {
+            set_in_utility(false);
+            if let Some(Pending { database, before, .. }) = take_pending() {
+                database.set(before.0, &before.1);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Once the drain is over, a transaction that could write before the edge and has an id must not commit: it was told to
+/// end. The four hooks make this unreachable but for one window, a session that is being terminated and reaches its
+/// commit before the signal; it also turns any way around the hooks that nobody has found yet into an ERROR.
+unsafe fn refuse_to_commit_past_the_edge() {
+    if process() != Process::Ordinary || is_pending() {
+        return;
+    }
+    let (Some(database), Some(backend)) = (shmem::my_database(), shmem::my_backend()) else { return };
+    if !matches!(database.gate(), Gate::Severing | Gate::Closed)
+        || backend.effect_of(compat::my_local_xid()) == Effect::Nothing
+    {
+        return;
+    }
+    // SAFETY: plain frames from here to PostgreSQL's handler; `hint` lives until then.
+    unsafe {
+        if compat::GetTopTransactionIdIfAny() == pg_sys::InvalidTransactionId {
+            return;
+        }
+        pg_sys::XactReadOnly = true;
+        let mut hint = Hint::new();
+        hint.push(true);
+        compat::PreventCommandIfReadOnly(c"COMMIT".as_ptr());
+    }
+}
+
+// --- The hint ---------------------------------------------------------------------------------------------------
+
+/// An entry of PostgreSQL's error context stack, on the frame of a hook: whatever reports a 25006 below that frame
+/// gets our hint. An ERROR that is caught resets the stack to where the catcher was, so entries never outlive frames.
+struct Hint(pg_sys::ErrorContextCallback);
+
+impl Hint {
+    fn new() -> Hint {
+        Hint(pg_sys::ErrorContextCallback {
+            previous: std::ptr::null_mut(),
+            callback: Some(hint_at_state),
+            arg: compat::NO_ARGUMENT,
+        })
+    }
+
+    /// # Safety
+    /// `self` stays where it is until `pop`, or until an ERROR discards its frame.
+    unsafe fn push(&mut self, closed: bool) {
+        if closed {
+            // SAFETY: backend-local list.
+            unsafe {
+                self.0.previous = pg_sys::error_context_stack;
+                pg_sys::error_context_stack = &mut self.0;
+            }
+        }
+    }
+
+    /// # Safety
+    /// Pairs with `push`, with the same argument.
+    unsafe fn pop(&mut self, closed: bool) {
+        if closed {
+            // SAFETY: backend-local list.
+            unsafe { pg_sys::error_context_stack = self.0.previous };
+        }
+    }
+}
+
+unsafe extern "C-unwind" fn hint_at_state(_argument: *mut c_void) {
+    // SAFETY: PostgreSQL calls this while it builds an error report.
+    unsafe {
+        if compat::geterrcode() == pg_sys::errcodes::PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION as c_int {
+            let mut text = [0u8; 1024];
+            copy_hint(&mut text);
+            compat::errhint(c"%s".as_ptr(), text.as_ptr().cast::<c_char>());
+        }
+    }
+}
+
+unsafe extern "C-unwind" fn hint_at_verbs(_argument: *mut c_void) {
+    // SAFETY: as above.
+    unsafe {
+        compat::errhint(
+            c"%s".as_ptr(),
+            c"Connect to that database and call stillebot_down() or stillebot_up().".as_ptr(),
+        );
+    }
+}
+
+/// The part that owns memory, and so must not raise. Leaves at least one NUL byte at the end.
+fn copy_hint(buffer: &mut [u8; 1024]) {
+    let text = shmem::my_database().and_then(Database::text);
+    let hint = text.map_or_else(guc::session_state, |text| State::parse(&text)).hint();
+    let mut length = hint.len().min(buffer.len() - 1);
+    while !hint.is_char_boundary(length) {
+        length -= 1;
+    }
+    buffer[..length].copy_from_slice(&hint.as_bytes()[..length]);
+}
+
+/// Fastpath calls run below no hook that could hold an entry on the context stack: they get the hint here, on the way
+/// to log and client. So does a session that connected while its database was down and is read-only still.
+unsafe extern "C-unwind" fn emit_log(report: *mut pg_sys::ErrorData) {
+    // SAFETY: PostgreSQL passes the report it is about to send, and has made it the top of its stack of reports.
+    unsafe {
+        if (*report).hint.is_null()
+            && (*report).sqlerrcode == pg_sys::errcodes::PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION as c_int
+            && (*report).elevel == pg_sys::PGERROR as c_int
+            && process() == Process::Ordinary
+            && let Some(database) = shmem::my_database()
+        {
+            match database.gate() {
+                Gate::Unknown => {}
+                Gate::Open if guc::session_started_down() && pg_sys::DefaultXactReadOnly => {
+                    compat::errhint(
+                        c"%s".as_ptr(),
+                        c"The database is up again, but this session began while it was down. SET default_transaction_read_only = off, or connect anew."
+                            .as_ptr(),
+                    );
+                }
+                Gate::Open => {}
+                Gate::Draining | Gate::Severing | Gate::Closed => hint_at_state(compat::NO_ARGUMENT),
+            }
+        }
+        if let Some(previous) = PREVIOUS_EMIT_LOG {
+            previous(report);
+        }
+    }
+}

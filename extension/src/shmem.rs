@@ -1,0 +1,288 @@
+//! Shared memory: the only file that knows its layout. What all backends of a server must agree on at once:
+//! the state of each database, and for each backend whether its transaction could still write.
+//!
+//! Everything here is atomic and nothing locks: these words are read before every statement, and while an ERROR is
+//! being reported. A server that starts finds zeros, that is, `Unknown` everywhere.
+
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+
+use pgrx::pg_sys;
+
+use crate::compat;
+
+/// Databases whose state can be kept. 4 kB each; a server with more is told so by stillebot_down().
+const DATABASES: usize = 64;
+/// The longest state, as JSON text, in bytes.
+pub const MAX_STATE: usize = 4000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Gate {
+    /// Nobody has looked since the server started: ask the catalog.
+    Unknown = 0,
+    Open = 1,
+    /// New writes are refused; transactions that were under way may still commit.
+    Draining = 2,
+    /// As draining, and nothing that was under way may commit any more.
+    Severing = 3,
+    Closed = 4,
+}
+
+impl Gate {
+    fn from(word: u32) -> Gate {
+        match word {
+            0 => Gate::Unknown,
+            1 => Gate::Open,
+            2 => Gate::Draining,
+            3 => Gate::Severing,
+            _ => Gate::Closed,
+        }
+    }
+}
+
+/// One database. `text` is guarded by `version`: odd while somebody writes.
+#[repr(C, align(64))]
+pub struct Database {
+    oid: AtomicU32,
+    gate: AtomicU32,
+    version: AtomicU32,
+    length: AtomicU32,
+    text: [AtomicU8; MAX_STATE],
+}
+
+/// One backend, on a cache line of its own: written before every statement.
+#[repr(C, align(64))]
+pub struct Backend {
+    /// `local xid << 2 | Effect`: the strongest thing that the transaction has run in read-write mode.
+    mark: AtomicU64,
+    /// 1 while a utility command runs that may span transactions, as CREATE INDEX CONCURRENTLY does.
+    utility: AtomicU32,
+}
+
+/// What a statement may do to the database.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u64)]
+pub enum Effect {
+    Nothing = 0,
+    /// A query that may call a function that writes.
+    Perhaps = 1,
+    /// An INSERT, UPDATE, DELETE, MERGE or a utility command that changes something.
+    Writes = 2,
+}
+
+/// Set in the postmaster, inherited by every backend.
+static DATABASE_ARRAY: AtomicPtr<Database> = AtomicPtr::new(null_mut());
+static BACKEND_ARRAY: AtomicPtr<Backend> = AtomicPtr::new(null_mut());
+/// This backend's own database, found once.
+static MY_DATABASE: AtomicPtr<Database> = AtomicPtr::new(null_mut());
+
+static mut PREVIOUS_REQUEST: pg_sys::shmem_request_hook_type = None;
+static mut PREVIOUS_STARTUP: pg_sys::shmem_startup_hook_type = None;
+
+pub fn init() {
+    // SAFETY: called from _PG_init in the postmaster, before it has children.
+    unsafe {
+        PREVIOUS_REQUEST = pg_sys::shmem_request_hook;
+        pg_sys::shmem_request_hook = Some(request);
+        PREVIOUS_STARTUP = pg_sys::shmem_startup_hook;
+        pg_sys::shmem_startup_hook = Some(startup);
+    }
+}
+
+/// Backend numbers run from 0 or 1 to MaxBackends, by version; auxiliary processes run no statements.
+fn backend_slots() -> usize {
+    // SAFETY: set before either hook runs, and constant.
+    unsafe { pg_sys::MaxBackends as usize + 1 }
+}
+
+fn size() -> usize {
+    DATABASES * size_of::<Database>() + backend_slots() * size_of::<Backend>() + align_of::<Database>()
+}
+
+unsafe extern "C-unwind" fn request() {
+    // SAFETY: PostgreSQL calls this hook when, and only when, memory may be requested.
+    unsafe {
+        if let Some(previous) = PREVIOUS_REQUEST {
+            previous();
+        }
+        pg_sys::RequestAddinShmemSpace(size());
+    }
+}
+
+/// Runs in the postmaster before any backend exists, so nobody races for the memory and AddinShmemInitLock is not needed.
+unsafe extern "C-unwind" fn startup() {
+    // SAFETY: the block is ours, at least `size()` long; all-zero bytes are valid atomics.
+    unsafe {
+        if let Some(previous) = PREVIOUS_STARTUP {
+            previous();
+        }
+        let mut found = false;
+        let block = pg_sys::ShmemInitStruct(c"stillebot".as_ptr(), size(), &mut found).cast::<u8>();
+        if !found {
+            block.write_bytes(0, size());
+        }
+        let aligned = block.add(block.align_offset(align_of::<Database>()));
+        DATABASE_ARRAY.store(aligned.cast(), Ordering::Release);
+        BACKEND_ARRAY.store(aligned.add(DATABASES * size_of::<Database>()).cast(), Ordering::Release);
+    }
+}
+
+/// Whether the library was preloaded, so that there is anything to share.
+pub fn is_there() -> bool {
+    !DATABASE_ARRAY.load(Ordering::Relaxed).is_null()
+}
+
+/// The slot of this backend's database; `None` if there is no database, or no slot left for it.
+#[inline]
+pub fn my_database() -> Option<&'static Database> {
+    // SAFETY: null, or points into shared memory, which lives as long as the process.
+    match unsafe { MY_DATABASE.load(Ordering::Relaxed).as_ref() } {
+        Some(database) => Some(database),
+        None => find_database(),
+    }
+}
+
+#[cold]
+fn find_database() -> Option<&'static Database> {
+    let array = DATABASE_ARRAY.load(Ordering::Acquire);
+    // SAFETY: a backend-local integer, set once.
+    let oid = unsafe { pg_sys::MyDatabaseId }.to_u32();
+    if array.is_null() || oid == 0 {
+        return None;
+    }
+    // SAFETY: startup() laid out DATABASES of them, and they are never freed.
+    let slots = unsafe { std::slice::from_raw_parts(array, DATABASES) };
+    // Slots are claimed from the front and never given back, so the search may stop at the first free one. Two backends
+    // that race for it: one wins, the other sees whose it became and takes it too, or goes on.
+    let slot =
+        slots.iter().find(|slot| match slot.oid.compare_exchange(0, oid, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => true,
+            Err(owner) => owner == oid,
+        })?;
+    MY_DATABASE.store((&raw const *slot).cast_mut(), Ordering::Relaxed);
+    Some(slot)
+}
+
+impl Database {
+    /// One relaxed load: the price of the extension for a statement on a database that is up, but for [`Backend::mark`].
+    #[inline]
+    pub fn gate(&self) -> Gate {
+        Gate::from(self.gate.load(Ordering::Relaxed))
+    }
+
+    /// Sets gate and text as one. Callers that change a known state hold the extension's lock; the only other writer is
+    /// [`Database::publish`].
+    pub fn set(&self, gate: Gate, text: &str) {
+        self.write(|| Some((gate, text)));
+    }
+
+    /// Changes the gate alone, and makes sure that whoever starts a statement from now on sees it.
+    pub fn move_gate(&self, gate: Gate) {
+        self.gate.store(gate as u32, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Tells everybody what the catalog says, unless somebody has done so or changed it meanwhile.
+    pub fn publish(&self, gate: Gate, text: &str) {
+        self.write(|| (self.gate() == Gate::Unknown).then_some((gate, text)));
+    }
+
+    fn write<'t>(&self, decide: impl FnOnce() -> Option<(Gate, &'t str)>) {
+        // Writers are rare and hold this for a copy of a few hundred bytes without a chance to fail between; a writer that
+        // is killed takes the server, and so this memory, with it. Hence the spin ends.
+        let version = loop {
+            let version = self.version.load(Ordering::Acquire);
+            if version % 2 == 0
+                && self.version.compare_exchange(version, version + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            {
+                break version;
+            }
+            std::hint::spin_loop();
+        };
+        fence(Ordering::Release);
+        if let Some((gate, text)) = decide() {
+            let bytes = &text.as_bytes()[..text.len().min(MAX_STATE)];
+            self.length.store(bytes.len() as u32, Ordering::Relaxed);
+            for (to, from) in self.text.iter().zip(bytes) {
+                to.store(*from, Ordering::Relaxed);
+            }
+            self.gate.store(gate as u32, Ordering::SeqCst);
+        }
+        self.version.store(version.wrapping_add(2), Ordering::Release);
+        fence(Ordering::SeqCst);
+    }
+
+    /// The text, unless writers got in the way again and again. Never waits: an ERROR may be under way.
+    pub fn text(&self) -> Option<String> {
+        for _ in 0..1000 {
+            let before = self.version.load(Ordering::Acquire);
+            if before % 2 == 0 {
+                let length = (self.length.load(Ordering::Relaxed) as usize).min(MAX_STATE);
+                let bytes: Vec<u8> = self.text[..length].iter().map(|byte| byte.load(Ordering::Relaxed)).collect();
+                fence(Ordering::Acquire);
+                if self.version.load(Ordering::Relaxed) == before {
+                    return String::from_utf8(bytes).ok();
+                }
+            }
+            std::hint::spin_loop();
+        }
+        None
+    }
+}
+
+/// The slot of a backend by its number.
+#[inline]
+pub fn backend(number: i32) -> Option<&'static Backend> {
+    let array = BACKEND_ARRAY.load(Ordering::Relaxed);
+    if array.is_null() || number < 0 || number as usize >= backend_slots() {
+        return None;
+    }
+    // SAFETY: startup() laid out `backend_slots()` of them, and they are never freed.
+    Some(unsafe { &*array.add(number as usize) })
+}
+
+impl Backend {
+    /// Notes what this backend's transaction is about to run, and orders that before the next look at the gate.
+    ///
+    /// The fence pairs with the one in [`Database::move_gate`]: either this backend sees the gate closed, or whoever
+    /// closed it sees this mark (and the activity report made before it).
+    #[inline]
+    pub fn note(&self, local_xid: u32, effect: Effect) {
+        let mark = u64::from(local_xid) << 2 | effect as u64;
+        let before = self.mark.load(Ordering::Relaxed);
+        if before >> 2 != mark >> 2 || before < mark {
+            self.mark.store(mark, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+    }
+
+    /// The strongest effect so far of the transaction with this local id.
+    pub fn effect_of(&self, local_xid: u32) -> Effect {
+        let mark = self.mark.load(Ordering::Relaxed);
+        match (mark >> 2 == u64::from(local_xid), mark & 3) {
+            (false, _) | (_, 0) => Effect::Nothing,
+            (true, 1) => Effect::Perhaps,
+            (true, _) => Effect::Writes,
+        }
+    }
+
+    pub fn forget(&self) {
+        self.mark.store(0, Ordering::Relaxed);
+    }
+
+    pub fn in_utility(&self) -> bool {
+        self.utility.load(Ordering::Relaxed) != 0
+    }
+
+    pub fn set_in_utility(&self, running: bool) {
+        self.utility.store(running.into(), Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+}
+
+/// This backend's slot.
+#[inline]
+pub fn my_backend() -> Option<&'static Backend> {
+    backend(compat::my_backend())
+}
