@@ -75,6 +75,7 @@ unsafe extern "C-unwind" {
         count: *mut c_int,
     );
     pub fn text_to_cstring(text: *const pg_sys::text) -> *mut c_char;
+    pub fn get_extension_oid(name: *const c_char, missing_ok: bool) -> pg_sys::Oid;
     pub fn get_database_oid(name: *const c_char, missing_ok: bool) -> pg_sys::Oid;
     pub fn pgstat_clear_backend_activity_snapshot();
 

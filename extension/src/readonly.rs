@@ -291,11 +291,17 @@ unsafe extern "C-unwind" fn object_access(
     sub: c_int,
     argument: *mut c_void,
 ) {
-    if access == pg_sys::ObjectAccessType::OAT_FUNCTION_EXECUTE {
-        enter(Effect::Perhaps);
-    }
-    // SAFETY: arguments are passed on as they came.
+    // SAFETY: arguments are passed on as they came; the class says what the object is.
     unsafe {
+        match access {
+            pg_sys::ObjectAccessType::OAT_FUNCTION_EXECUTE => {
+                enter(Effect::Perhaps);
+            }
+            pg_sys::ObjectAccessType::OAT_DROP if class == pg_sys::ExtensionRelationId => {
+                refuse_to_drop_a_sole_node(object);
+            }
+            _ => {}
+        }
         if let Some(hook) = PREVIOUS_OBJECT_ACCESS {
             hook(access, class, object, sub, argument);
         }
@@ -368,12 +374,37 @@ unsafe fn refuse_to_touch_the_record(node: *mut pg_sys::Node) {
             database != pg_sys::InvalidOid && !catalog::recorded(database, catalog::STATE).is_null()
         };
         if names_it || resets_all {
-            pg_sys::XactReadOnly = true;
-            let mut hint = Hint::new();
-            hint.0.callback = Some(hint_at_verbs);
-            hint.push(true);
-            compat::PreventCommandIfReadOnly(c"a change of stillebot.state".as_ptr());
+            refuse_command(c"a change of stillebot.state", hint_at_verbs);
         }
+    }
+}
+
+/// Dropped from a database that is marked as the only writable node, the extension would leave the mark behind: the
+/// database would come back closed from its next restart, and nothing there to open it. (One that is down refuses the
+/// DROP like any other change.)
+///
+/// # Safety
+/// Called while `extension` is about to be dropped.
+unsafe fn refuse_to_drop_a_sole_node(extension: pg_sys::Oid) {
+    // SAFETY: a transaction is in progress.
+    unsafe {
+        if extension == compat::get_extension_oid(c"stillebot".as_ptr(), true)
+            && !catalog::recorded(pg_sys::MyDatabaseId, catalog::STATE).is_null()
+        {
+            refuse_command(c"DROP EXTENSION stillebot", hint_at_sole);
+        }
+    }
+}
+
+/// Raises core's own 25006 for a command, with a hint.
+unsafe fn refuse_command(command: &CStr, hint: unsafe extern "C-unwind" fn(*mut c_void)) {
+    // SAFETY: plain frames from here to PostgreSQL's handler, which unlinks `entry`.
+    unsafe {
+        pg_sys::XactReadOnly = true;
+        let mut entry = Hint::new();
+        entry.0.callback = Some(hint);
+        entry.push(true);
+        compat::PreventCommandIfReadOnly(command.as_ptr());
     }
 }
 
@@ -435,15 +466,11 @@ unsafe fn refuse_to_commit_past_the_edge() {
     {
         return;
     }
-    // SAFETY: plain frames from here to PostgreSQL's handler; `hint` lives until then.
+    // SAFETY: reads state of the backend; may raise, as the event allows.
     unsafe {
-        if compat::GetTopTransactionIdIfAny() == pg_sys::InvalidTransactionId {
-            return;
+        if compat::GetTopTransactionIdIfAny() != pg_sys::InvalidTransactionId {
+            refuse_command(c"COMMIT", hint_at_state);
         }
-        pg_sys::XactReadOnly = true;
-        let mut hint = Hint::new();
-        hint.push(true);
-        compat::PreventCommandIfReadOnly(c"COMMIT".as_ptr());
     }
 }
 
@@ -501,6 +528,16 @@ unsafe extern "C-unwind" fn hint_at_verbs(_argument: *mut c_void) {
         compat::errhint(
             c"%s".as_ptr(),
             c"Connect to that database and call stillebot_down() or stillebot_up().".as_ptr(),
+        );
+    }
+}
+
+unsafe extern "C-unwind" fn hint_at_sole(_argument: *mut c_void) {
+    // SAFETY: as above.
+    unsafe {
+        compat::errhint(
+            c"%s".as_ptr(),
+            c"The database is marked as the only writable node. SELECT stillebot_up() takes the mark away; then drop the extension.".as_ptr(),
         );
     }
 }
