@@ -247,6 +247,16 @@ pub fn activity(backend: c_int) -> Option<(c_int, bool)> {
     Some((entry.st_procpid, idle))
 }
 
+/// Ends a session, as pg_terminate_backend() does, but without its warning when the session has just ended by itself.
+pub fn terminate(pid: c_int) {
+    // SAFETY: looks the process up among this server's own; a signal to one that is gone by now does nothing.
+    unsafe {
+        if !pg_sys::BackendPidGetProc(pid).is_null() {
+            libc::kill(pid, libc::SIGTERM);
+        }
+    }
+}
+
 /// Writes a marker into the WAL and returns the position after it.
 pub fn log_marker() -> u64 {
     // SAFETY: both strings outlive the call. It may raise: only called from guarded functions.

@@ -88,17 +88,11 @@ fn multihome_refresh(copy_data: Option<bool>) -> SetOfIterator<'static, String> 
     let copy_data = not_null("copy_data", copy_data);
     require_slot();
     prevent_in_block("multihome.refresh()");
-    let names = Spi::connect(|spi| {
-        let rows = spi.select(
-            "select subname::text from pg_catalog.pg_subscription s
-               join pg_catalog.pg_database d on d.oid = s.subdbid
-              where d.datname = current_database() and s.subenabled order by 1",
-            None,
-            &[],
-        )?;
-        rows.map(|row| row.get::<String>(1).map(Option::unwrap_or_default)).collect::<Result<Vec<_>, _>>()
-    })
-    .unwrap_or_else(|error| pgrx::error!("cannot list subscriptions: {error}"));
+    let names = lines(
+        "select subname::text from pg_catalog.pg_subscription s join pg_catalog.pg_database d on d.oid = s.subdbid
+          where d.datname = current_database() and s.subenabled order by 1",
+        &[],
+    );
     for name in &names {
         let name = guc::c_string(name);
         // SAFETY: copies a C string into a palloc'd identifier.
@@ -176,8 +170,7 @@ fn drain(database: &Database, deadline: Instant, terminate: bool) {
             // From here on they cannot commit, whatever comes first, their end or the signal.
             database.move_gate(Gate::Severing);
             for &pid in &sessions {
-                Spi::run_with_args("select pg_catalog.pg_terminate_backend($1)", &[pid.into()])
-                    .unwrap_or_else(|error| pgrx::error!("cannot terminate process {pid}: {error}"));
+                compat::terminate(pid);
             }
             terminated = sessions;
             until = Instant::now() + TERMINATION_GRACE;
@@ -223,21 +216,23 @@ fn writers() -> Vec<Writer> {
         }
     }
     if compat::two_phase_is_on() {
-        let count = Spi::get_one::<i64>(&format!("select count(*) from {PREPARED}")).ok().flatten().unwrap_or(1);
-        writers.extend((0..count).map(|_| Writer { pid: None }));
+        let prepared = lines(&format!("select gid from {PREPARED}"), &[]);
+        writers.extend(prepared.iter().map(|_| Writer { pid: None }));
     }
     writers
 }
 
+/// The rows of a query with one text column. Read-only, so that it takes no transaction id and works on a standby.
+fn lines(query: &str, arguments: &[pgrx::datum::DatumWithOid]) -> Vec<String> {
+    Spi::connect(|spi| {
+        let rows = spi.select(query, None, arguments)?;
+        rows.map(|row| row.get::<String>(1).map(Option::unwrap_or_default)).collect::<Result<_, _>>()
+    })
+    .unwrap_or_else(|error: spi::Error| pgrx::error!("cannot read a catalog: {error}"))
+}
+
 /// Raises, naming who is in the way.
 fn refuse_to_go_down(sessions: &[i32], prepared: bool, terminated: bool) -> ! {
-    let lines = |query: &str, arguments: &[pgrx::datum::DatumWithOid]| -> Vec<String> {
-        Spi::connect(|spi| {
-            let rows = spi.select(query, None, arguments)?;
-            rows.map(|row| row.get::<String>(1).map(Option::unwrap_or_default)).collect::<Result<Vec<_>, _>>()
-        })
-        .unwrap_or_default()
-    };
     // Not what they run: statements hold data and passwords.
     let mut who = lines(
         "select format('process %s: user %s, application \"%s\", client %s, %s, transaction open for %s s',
