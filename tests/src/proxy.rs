@@ -1,0 +1,148 @@
+//! A TCP link on loopback that can be cut, frozen and healed.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
+
+use anyhow::{Context, Result};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, tcp},
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+};
+
+use crate::{background, log_check::Expected, scratch::Port};
+
+/// Listens on a port of its own and passes bytes on to another one.
+pub struct Proxy {
+    port: Port,
+    orders: mpsc::UnboundedSender<Order>,
+    expected: Expected,
+}
+
+/// What to do, and whom to tell when it has been done.
+type Order = (Link, oneshot::Sender<io::Result<()>>);
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Link {
+    Open,
+    Frozen,
+    Cut,
+}
+
+impl Proxy {
+    /// Opens a link to that port of 127.0.0.1. Whatever the servers at its ends log when it is disturbed goes to `expected`.
+    pub async fn open(target: u16, expected: &Expected) -> Result<Self> {
+        let port = Port::take()?;
+        let (orders, inbox) = mpsc::unbounded_channel();
+        background().spawn(serve(address(port.number), address(target), inbox));
+        let proxy = Self { port, orders, expected: expected.clone() };
+        proxy.order(Link::Open).await?;
+        Ok(proxy)
+    }
+
+    /// The port to connect to instead of the target's.
+    pub fn port(&self) -> u16 {
+        self.port.number
+    }
+
+    /// Closes what is connected and refuses what comes, as if the host were gone. Done when it returns.
+    pub async fn cut(&self) -> Result<()> {
+        self.expected.allow_weather();
+        self.order(Link::Cut).await
+    }
+
+    /// Keeps connections, and accepts new ones, but passes nothing, as if a cable were pulled.
+    pub async fn freeze(&self) -> Result<()> {
+        self.expected.allow_weather();
+        self.order(Link::Frozen).await
+    }
+
+    /// Passes everything again; what was frozen arrives, what was cut has to connect anew.
+    pub async fn heal(&self) -> Result<()> {
+        self.order(Link::Open).await
+    }
+
+    async fn order(&self, link: Link) -> Result<()> {
+        let (done, answer) = oneshot::channel();
+        self.orders.send((link, done)).ok().context("the proxy is gone")?;
+        answer.await.context("the proxy is gone")?.with_context(|| format!("proxy on port {}", self.port.number))
+    }
+}
+
+fn address(port: u16) -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, port).into()
+}
+
+/// Lives until the [`Proxy`] is dropped.
+async fn serve(listen: SocketAddr, target: SocketAddr, mut orders: mpsc::UnboundedReceiver<Order>) {
+    let (link, _) = watch::channel(Link::Cut);
+    let link = Arc::new(link);
+    let mut listener: Option<TcpListener> = None;
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            order = orders.recv() => {
+                let Some((wanted, done)) = order else { return };
+                let result = if wanted == Link::Cut {
+                    listener = None;
+                    // Waits until every socket is closed.
+                    connections.shutdown().await;
+                    Ok(())
+                } else if listener.is_none() {
+                    TcpListener::bind(listen).await.map(|bound| listener = Some(bound))
+                } else {
+                    Ok(())
+                };
+                link.send_replace(wanted);
+                let _ = done.send(result);
+            }
+            Ok((client, _)) = accept(listener.as_ref()), if listener.is_some() => {
+                connections.spawn(pass(client, target, link.subscribe()));
+            }
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn accept(listener: Option<&TcpListener>) -> io::Result<(TcpStream, SocketAddr)> {
+    match listener {
+        Some(listener) => listener.accept().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// One connection. PostgreSQL never closes one direction only, so the first end is the end of both.
+async fn pass(client: TcpStream, target: SocketAddr, mut link: watch::Receiver<Link>) {
+    if link.wait_for(|link| *link == Link::Open).await.is_err() {
+        return;
+    }
+    let Ok(server) = TcpStream::connect(target).await else { return };
+    let _ = (client.set_nodelay(true), server.set_nodelay(true));
+    let (client_reads, client_writes) = client.into_split();
+    let (server_reads, server_writes) = server.into_split();
+    tokio::select! {
+        _ = pump(client_reads, server_writes, link.clone()) => {}
+        _ = pump(server_reads, client_writes, link) => {}
+    }
+}
+
+async fn pump(
+    mut from: tcp::OwnedReadHalf,
+    mut to: tcp::OwnedWriteHalf,
+    mut link: watch::Receiver<Link>,
+) -> Result<()> {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let read = from.read(&mut buffer).await;
+        // Also an end is news, which a frozen link does not pass on.
+        link.wait_for(|link| *link == Link::Open).await?;
+        match read? {
+            0 => return Ok(()),
+            length => to.write_all(&buffer[..length]).await?,
+        }
+    }
+}
