@@ -1,0 +1,13 @@
+//! The promises of this project, each proved on real servers. One module per part; a test is named as the promise.
+
+use std::time::Duration;
+
+mod answers;
+mod contract;
+mod down;
+mod harness;
+mod lasting;
+mod proven;
+
+/// How long to wait for what should happen at once: long, because a loaded machine is not a failure.
+const PATIENCE: Duration = Duration::from_secs(30);
