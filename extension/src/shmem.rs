@@ -193,7 +193,7 @@ impl Database {
         // is killed takes the server, and so this memory, with it. Hence the spin ends.
         let version = loop {
             let version = self.version.load(Ordering::Acquire);
-            if version % 2 == 0
+            if version.is_multiple_of(2)
                 && self.version.compare_exchange(version, version + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
             {
                 break version;
@@ -217,7 +217,7 @@ impl Database {
     pub fn text(&self) -> Option<String> {
         for _ in 0..1000 {
             let before = self.version.load(Ordering::Acquire);
-            if before % 2 == 0 {
+            if before.is_multiple_of(2) {
                 let length = (self.length.load(Ordering::Relaxed) as usize).min(MAX_STATE);
                 let bytes: Vec<u8> = self.text[..length].iter().map(|byte| byte.load(Ordering::Relaxed)).collect();
                 fence(Ordering::Acquire);
@@ -285,4 +285,69 @@ impl Backend {
 #[inline]
 pub fn my_backend() -> Option<&'static Backend> {
     backend(compat::my_backend())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn zeroed<T>() -> Box<T> {
+        // SAFETY: Database and Backend are made of atomics, for which all-zero bytes are valid, as in shared memory.
+        unsafe { Box::<T>::new_zeroed().assume_init() }
+    }
+
+    #[test]
+    fn a_reader_never_sees_half_of_a_change() {
+        let database = zeroed::<Database>();
+        std::thread::scope(|scope| {
+            for letter in ["a", "b"] {
+                let database = &database;
+                scope.spawn(move || {
+                    for length in (1..MAX_STATE).step_by(7) {
+                        database.set(Gate::Closed, &letter.repeat(length));
+                    }
+                });
+            }
+            let mut seen = 0;
+            while seen < 1000 {
+                if let Some(text) = database.text() {
+                    assert!(text.bytes().all(|byte| byte == text.as_bytes()[0]), "torn: {text}");
+                    seen += 1;
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn publishing_never_overrides_what_is_known() {
+        let database = zeroed::<Database>();
+        assert_eq!(database.gate(), Gate::Unknown);
+        database.publish(Gate::Open, "up");
+        database.publish(Gate::Closed, "late");
+        assert_eq!((database.gate(), database.text().as_deref()), (Gate::Open, Some("up")));
+        database.set(Gate::Closed, "down");
+        database.publish(Gate::Open, "later still");
+        assert_eq!((database.gate(), database.text().as_deref()), (Gate::Closed, Some("down")));
+    }
+
+    proptest! {
+        #[test]
+        fn a_backend_remembers_the_strongest_effect_of_its_transaction_and_of_no_other(
+            statements in proptest::collection::vec((0u32..4, prop_oneof![Just(Effect::Perhaps), Just(Effect::Writes)]), 1..20)
+        ) {
+            let backend = zeroed::<Backend>();
+            // Local transaction ids only grow; a backend has one transaction at a time.
+            let mut current = (0, Effect::Nothing);
+            for (step, effect) in statements {
+                let xid = current.0 + step;
+                current = if xid == current.0 { (xid, effect.max(current.1)) } else { (xid, effect) };
+                backend.note(xid, effect);
+                prop_assert_eq!(backend.effect_of(current.0), current.1);
+                prop_assert_eq!(backend.effect_of(current.0 + 1), Effect::Nothing);
+            }
+            backend.forget();
+            prop_assert_eq!(backend.effect_of(current.0), Effect::Nothing);
+        }
+    }
 }
