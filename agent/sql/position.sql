@@ -1,0 +1,2 @@
+-- Where this server's WAL stands.
+select pg_current_wal_lsn() as lsn

@@ -1,0 +1,2 @@
+-- Removes the note of a hop.
+select multihome.set_hop(null)

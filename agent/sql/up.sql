@@ -1,0 +1,2 @@
+-- whether this is now the only writable node
+select multihome.up($1)

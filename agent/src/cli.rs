@@ -1,0 +1,202 @@
+//! The command line.
+//!
+//! Deliberately only its grammar: what a command does is in `cmd/`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::DEFAULT_PATH;
+use crate::hop::STEPS;
+
+/// Does what two live PostgreSQL nodes need from outside: status, down, up, switchover.
+#[derive(Debug, Parser)]
+#[command(name = "stillebot-agent", version, max_term_width = 120, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// The configuration.
+    #[arg(long, global = true, value_name = "FILE", default_value = DEFAULT_PATH)]
+    pub config: PathBuf,
+    /// How much is logged on stderr: error, warn, info, debug, trace.
+    #[arg(long, global = true, value_name = "LEVEL", default_value = "warn")]
+    pub log: tracing::level_filters::LevelFilter,
+    /// Print one JSON document instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, nothing changed or everything undone; 2 usage; 3 failed and needs \
+a person (says what to do); 69 a node cannot be reached; 78 configuration.";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Shows every node, replication in each direction, who is connected, and whether a hop could begin.
+    Status {
+        /// Show it again and again, with so many seconds between.
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = pause)]
+        watch: Option<f64>,
+    },
+    /// Takes a node down: it refuses writes from then on, through restarts, until somebody says up.
+    Down {
+        /// The node.
+        node: String,
+        /// Why; shown by status and in the hint of every refused write.
+        #[arg(long)]
+        reason: Option<String>,
+        /// How long transactions under way may take to end.
+        #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+        timeout: Duration,
+        /// End transactions that are still there at the timeout, instead of giving up.
+        #[arg(long)]
+        terminate: bool,
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Opens a node for writing.
+    Up {
+        /// The node.
+        node: String,
+        /// Open it although another node cannot be reached and may be writable: for when that node is lost.
+        #[arg(long)]
+        force: bool,
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Moves the writable side to a node, losing nothing.
+    Hop(Hop),
+    /// Writes a node's name into the application's active side.
+    Activate {
+        /// The node.
+        node: String,
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Refreshes the subscriptions of all nodes, so that new tables are replicated; copies nothing.
+    Refresh {
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+impl Command {
+    /// The verb, as typed.
+    pub fn verb(&self) -> &'static str {
+        match self {
+            Self::Status { .. } => "status",
+            Self::Down { .. } => "down",
+            Self::Up { .. } => "up",
+            Self::Hop(_) => "hop",
+            Self::Activate { .. } => "activate",
+            Self::Refresh { .. } => "refresh",
+        }
+    }
+}
+
+/// Options of `hop`.
+#[derive(Debug, Args)]
+pub struct Hop {
+    /// The node to hop to; may be left out with --resume and --abort.
+    #[arg(required_unless_present_any = ["resume", "abort"])]
+    pub node: Option<String>,
+    /// End with every node writable that was, and the active side on NODE.
+    #[arg(long, conflicts_with = "abort")]
+    pub both: bool,
+    /// After that time it is undone.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = deadline)]
+    pub deadline: Duration,
+    /// End transactions that do not end in time, instead of giving up.
+    #[arg(long, conflicts_with = "abort")]
+    pub terminate: bool,
+    /// Go on with an unfinished hop; does nothing if there is none.
+    #[arg(long, conflicts_with = "abort")]
+    pub resume: bool,
+    /// Undo an unfinished hop.
+    #[arg(long)]
+    pub abort: bool,
+    /// Say what would be done, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// For tests: stop this process (SIGSTOP) before or after a step, as in before:open; `undo` counts as one.
+    #[arg(long, value_name = "before:STEP|after:STEP", hide = true)]
+    pub pause_at: Option<PauseAt>,
+}
+
+fn pause(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.1..=86400.0).contains(&seconds) => Ok(seconds),
+        _ => Err("must be 0.1 to 86400".into()),
+    }
+}
+
+fn deadline(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if duration < Duration::from_millis(100) || duration > Duration::from_secs(3600) {
+        return Err("must be 100ms to 1h".into());
+    }
+    Ok(duration)
+}
+
+/// A place in the table of steps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PauseAt {
+    /// After the step, not before it.
+    pub after: bool,
+    /// Its name.
+    pub step: String,
+}
+
+impl FromStr for PauseAt {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (when, step) = text.split_once(':').ok_or("must be before:STEP or after:STEP")?;
+        let after = match when {
+            "before" => false,
+            "after" => true,
+            _ => return Err("must begin with before: or after:".into()),
+        };
+        if step != "undo" && !STEPS.contains(&step) {
+            return Err(format!("no such step; the steps are {}", STEPS.join(", ")));
+        }
+        Ok(Self { after, step: step.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn hop_needs_a_node_unless_it_goes_on_with_one() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' '));
+        assert!(parse("x hop").is_err());
+        assert!(parse("x hop --resume").is_ok());
+        assert!(parse("x hop a --abort").is_ok());
+        assert!(parse("x hop a --abort --resume").is_err());
+        assert!(parse("x hop a --deadline 1ms").is_err());
+        assert!(parse("x status --watch").is_ok());
+        assert!(parse("x status --watch 5 --json").is_ok());
+    }
+
+    #[test]
+    fn places_to_pause_are_checked() {
+        assert_eq!("after:open".parse(), Ok(PauseAt { after: true, step: "open".into() }));
+        assert!("open".parse::<PauseAt>().is_err());
+        assert!("after:lunch".parse::<PauseAt>().is_err());
+    }
+}

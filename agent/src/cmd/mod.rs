@@ -1,0 +1,201 @@
+//! The commands, one a file, and what they share: the context they run in and how their result is printed.
+//!
+//! Deliberately the only place that prints, but for the progress lines of `hop` and the pages of `status --watch`.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+
+use crate::cli::{Cli, Command};
+use crate::config::{Config, Node};
+use crate::crew::{Crew, LOOK_BOUND};
+use crate::failure::{Failure, Kind};
+use crate::node::{Connector, NodeError, Trouble};
+use crate::sql;
+use crate::stop::Signals;
+
+pub mod activate;
+pub mod down;
+pub mod hop;
+pub mod refresh;
+pub mod status;
+pub mod up;
+
+/// How long opening a database may take: it is one commit.
+pub const UP_BOUND: Duration = Duration::from_secs(10);
+/// How long a small write may take.
+pub const WRITE_BOUND: Duration = Duration::from_secs(5);
+
+/// What every command is given.
+pub struct Context {
+    /// The configuration.
+    pub config: Config,
+    /// Makes connections.
+    pub connector: Connector,
+    /// SIGINT and SIGTERM.
+    pub signals: Signals,
+    /// Nothing but one JSON document may go to stdout.
+    pub json: bool,
+}
+
+impl Context {
+    /// The node of that name, or an error that names those there are.
+    pub fn node(&self, name: &str) -> Result<&Node, Failure> {
+        self.config.node(name).ok_or_else(|| {
+            let names: Vec<&str> = self.config.nodes.iter().map(|node| node.name.as_str()).collect();
+            Failure::new(Kind::Usage, format!("there is no node {name} in the configuration"))
+                .hint(format!("the nodes are {}", names.join(", ")))
+        })
+    }
+
+    /// References to all nodes.
+    pub fn nodes(&self) -> Vec<&Node> {
+        self.config.nodes.iter().collect()
+    }
+}
+
+/// What a command has to say.
+pub struct Reply {
+    /// For people.
+    pub text: String,
+    /// For programs.
+    pub json: Value,
+    /// The meaning for the exit code, if it is not simply done.
+    pub kind: Option<Kind>,
+}
+
+impl Reply {
+    /// Done.
+    pub fn done(text: impl Into<String>, json: Value) -> Self {
+        Self { text: text.into(), json, kind: None }
+    }
+}
+
+/// Runs one command and prints what came of it.
+pub async fn run(cli: &Cli) -> ExitCode {
+    match begin(cli).await {
+        Ok(reply) => {
+            if cli.json && !reply.json.is_null() {
+                print(&reply.json.to_string());
+            } else if !cli.json && !reply.text.is_empty() {
+                print(reply.text.trim_end());
+            }
+            reply.kind.map_or(ExitCode::SUCCESS, ExitCode::from)
+        }
+        Err(failure) => {
+            complain(cli, &failure);
+            failure.kind.into()
+        }
+    }
+}
+
+async fn begin(cli: &Cli) -> Result<Reply, Failure> {
+    let config = Config::load(&cli.config)?;
+    let connector = Connector::new(&config)?;
+    let signals =
+        Signals::listen().map_err(|error| Failure::new(Kind::Undone, format!("cannot listen for signals: {error}")))?;
+    let context = Context { config, connector, signals, json: cli.json };
+    let result = match &cli.command {
+        Command::Status { watch } => status::run(&context, *watch).await,
+        Command::Down { node, reason, timeout, terminate, dry_run } => {
+            let wish = down::Wish { node, reason: reason.as_deref(), timeout: *timeout, terminate: *terminate };
+            down::run(&context, &wish, *dry_run).await
+        }
+        Command::Up { node, force, dry_run } => up::run(&context, node, *force, *dry_run).await,
+        Command::Hop(options) => hop::run(&context, options).await,
+        Command::Activate { node, dry_run } => activate::run(&context, node, *dry_run).await,
+        Command::Refresh { dry_run } => refresh::run(&context, *dry_run).await,
+    };
+    context.connector.farewell().await;
+    result
+}
+
+fn complain(cli: &Cli, failure: &Failure) {
+    if cli.json {
+        let mut document = Map::new();
+        document.insert("command".into(), json!(cli.command.verb()));
+        document.insert("outcome".into(), json!(failure.kind.word()));
+        document.insert("error".into(), json!(failure.message));
+        document.insert("detail".into(), json!(failure.detail));
+        document.insert("hint".into(), json!(failure.hint));
+        document.extend(failure.report.clone());
+        print(&Value::Object(document).to_string());
+    }
+    let bold = anstyle::Style::new().bold();
+    let red = bold.fg_color(Some(anstyle::AnsiColor::Red.into()));
+    anstream::eprintln!("{red}stillebot-agent:{red:#} {}", failure.message);
+    for (label, text) in [("detail", &failure.detail), ("what to do", &failure.hint)] {
+        if let Some(text) = text {
+            for (number, line) in text.lines().enumerate() {
+                if number == 0 {
+                    anstream::eprintln!("  {bold}{label}:{bold:#} {line}");
+                } else {
+                    anstream::eprintln!("    {line}");
+                }
+            }
+        }
+    }
+}
+
+/// Prints to stdout; that nobody reads it any more is no reason to stop half-way.
+pub fn print(text: &str) {
+    use std::io::Write as _;
+    let mut out = anstream::stdout().lock();
+    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+}
+
+/// Opens a database through its session.
+pub async fn open(crew: &mut Crew<'_>, node: &str, sole: bool) -> Result<(), NodeError> {
+    crew.ask(node, sql::UP, &[&sole], UP_BOUND).await.map(drop)
+}
+
+/// Writes the name of `node` into the application's active side, through the session on `at`. True if it was another before.
+pub async fn write_active(crew: &mut Crew<'_>, config: &Config, at: &str, node: &Node) -> Result<bool, NodeError> {
+    let Some(active) = &config.active else { return Ok(false) };
+    let update = sql::ACTIVATE.replace("{table}", &active.table).replace("{column}", &active.column);
+    let result = async {
+        let session = crew.session(at)?;
+        let changed = session.write(&update, &[&node.active_name], WRITE_BOUND).await?;
+        if changed == 0 && crate::facts::active(session, config, LOOK_BOUND).await?.as_ref() != Some(&node.active_name)
+        {
+            return Err(NodeError {
+                node: at.to_owned(),
+                place: format!("{}:{}", node.host, node.port).into(),
+                trouble: Trouble::Refused,
+                message: format!("table {} has no row to write the active side into", active.table),
+                detail: None,
+                hint: Some("insert its row, then run activate".into()),
+                answered: false,
+            });
+        }
+        Ok(changed > 0)
+    }
+    .await;
+    if result.as_ref().is_err_and(|error| error.trouble == Trouble::Lost) {
+        crew.give_up(at);
+    }
+    result
+}
+
+/// User and host of this process, for the servers' records.
+pub fn whoami() -> String {
+    let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.name);
+    let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    format!("{}@{}", user.as_deref().unwrap_or("?"), host.as_deref().unwrap_or("?"))
+}
+
+/// The failure for nodes that cannot be reached.
+pub fn unreachable(errors: &std::collections::BTreeMap<String, NodeError>) -> Option<Failure> {
+    let first = errors.values().next()?;
+    let mut failure = Failure::new(
+        Kind::Unreachable,
+        format!(
+            "cannot reach {}; nothing was changed",
+            errors.values().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+        ),
+    );
+    failure.detail = first.detail.clone();
+    failure.hint = first.hint.clone();
+    Some(failure)
+}

@@ -1,0 +1,230 @@
+//! `status`: every node, replication in each direction, who is connected, and whether a hop could begin.
+//!
+//! Deliberately takes no lock and changes nothing; a node that cannot be reached is a line, not an end.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::IsTerminal as _;
+use std::time::Duration;
+
+use comfy_table::{Attribute, Cell, Color, Table, presets};
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+
+use super::{Context, Reply, print};
+use crate::config::Node;
+use crate::crew::{CONNECT_BOUND, LOOK_BOUND};
+use crate::facts::{self, Direction, Facts, Verdict};
+use crate::failure::{Failure, Kind};
+use crate::node::NodeError;
+
+/// How long everything about one node may take.
+const NODE_BOUND: Duration = Duration::from_secs(8);
+
+/// Runs it, once or until a signal comes.
+pub async fn run(context: &Context, watch: Option<f64>) -> Result<Reply, Failure> {
+    let Some(seconds) = watch else { return Ok(once(context).await) };
+    loop {
+        let reply = tokio::select! {
+            reply = once(context) => reply,
+            _ = context.signals.wait() => break,
+        };
+        if context.json {
+            print(&reply.json.to_string());
+        } else {
+            let clear = if std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
+            print(&format!("{clear}{}", reply.text));
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs_f64(seconds)) => {}
+            _ = context.signals.wait() => break,
+        }
+    }
+    // What is to be said has been said.
+    Ok(Reply::done("", Value::Null))
+}
+
+async fn look(context: &Context, node: &Node) -> Result<Facts, NodeError> {
+    let work = async {
+        let session = context.connector.connect(node, CONNECT_BOUND).await?;
+        facts::gather(&session, &context.config, LOOK_BOUND).await
+    };
+    match tokio::time::timeout(NODE_BOUND, work).await {
+        Ok(result) => result,
+        Err(_) => Err(NodeError {
+            node: node.name.clone(),
+            place: format!("{}:{}", node.host, node.port).into(),
+            trouble: crate::node::Trouble::Lost,
+            message: format!("no answer within {}", humantime::format_duration(NODE_BOUND)),
+            detail: None,
+            hint: None,
+            answered: false,
+        }),
+    }
+}
+
+async fn once(context: &Context) -> Reply {
+    let config = &context.config;
+    let results = join_all(config.nodes.iter().map(|node| look(context, node))).await;
+    let (mut facts, mut errors) = (BTreeMap::new(), BTreeMap::new());
+    for (node, result) in config.nodes.iter().zip(results) {
+        match result {
+            Ok(found) => drop(facts.insert(node.name.clone(), found)),
+            Err(error) => drop(errors.insert(node.name.clone(), error)),
+        }
+    }
+    let missing: Vec<String> = errors.keys().cloned().collect();
+    let verdict = facts::verdict(config, &facts, &missing);
+    let directions = facts::directions(config, &facts);
+    let kind = (!errors.is_empty()).then_some(Kind::Unreachable);
+    let text = text(context, &facts, &errors, &directions, &verdict);
+    let nodes: Vec<Value> = config
+        .nodes
+        .iter()
+        .map(|node| match (facts.get(&node.name), errors.get(&node.name)) {
+            (Some(facts), _) => {
+                let mut value = json!(facts);
+                value["name"] = json!(node.name);
+                value["reachable"] = json!(true);
+                value["is_active"] = json!(facts.active.as_ref() == Some(&node.active_name));
+                value
+            }
+            (None, error) => json!({"name": node.name, "reachable": false,
+                "error": error.map(ToString::to_string), "hint": error.and_then(|e| e.hint.clone())}),
+        })
+        .collect();
+    let hop = facts.values().filter_map(|f| f.state.as_ref()).find_map(|state| state.hop.clone());
+    let json = json!({"command": "status", "nodes": nodes, "replication": directions, "unfinished_hop": hop,
+        "verdict": verdict});
+    Reply { text, json, kind }
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.set_header(header.iter().map(|title| Cell::new(title).add_attribute(Attribute::Bold)));
+    table
+}
+
+fn render(table: &Table) -> String {
+    table.lines().fold(String::new(), |text, line| text + line.trim_end() + "\n")
+}
+
+fn text(
+    context: &Context,
+    facts: &BTreeMap<String, Facts>,
+    errors: &BTreeMap<String, NodeError>,
+    directions: &[Direction],
+    verdict: &Verdict,
+) -> String {
+    let mut nodes = table(&["node", "state", "since", "by", "why", "writers", "active side"]);
+    for node in &context.config.nodes {
+        let Some(found) = facts.get(&node.name) else {
+            let error = errors.get(&node.name).map_or_else(String::new, |error| error.message.clone());
+            nodes.add_row(vec![
+                Cell::new(&node.name),
+                Cell::new("unreachable").fg(Color::Red),
+                Cell::new("-"),
+                Cell::new("-"),
+                Cell::new(error),
+            ]);
+            continue;
+        };
+        let active = match (&found.active, &found.active_flaw) {
+            (Some(active), _) if *active == node.active_name => format!("{active} (this node)"),
+            (Some(active), _) => active.clone(),
+            (None, Some(_)) => "?".into(),
+            (None, None) => "-".into(),
+        };
+        let dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".into());
+        match &found.state {
+            Some(state) => {
+                let (word, colour) = match (state.is_up(), state.sole, state.rejoin) {
+                    (true, true, _) => ("up, only writable node", Color::Green),
+                    (true, false, _) => ("up", Color::Green),
+                    (false, _, true) => ("down, was the only writable node and restarted", Color::Yellow),
+                    (false, _, false) => ("down", Color::Yellow),
+                };
+                nodes.add_row(vec![
+                    Cell::new(&node.name),
+                    Cell::new(word).fg(colour),
+                    Cell::new(dash(&state.since)),
+                    Cell::new(dash(&state.by)),
+                    Cell::new(dash(&state.reason)),
+                    Cell::new(state.writers.map_or_else(|| "-".into(), |n| n.to_string())),
+                    Cell::new(active),
+                ]);
+            }
+            None => {
+                nodes.add_row(vec![
+                    Cell::new(&node.name),
+                    Cell::new("no extension").fg(Color::Red),
+                    Cell::new("-"),
+                    Cell::new("-"),
+                    Cell::new(found.extension.flaw().unwrap_or_default()),
+                    Cell::new("-"),
+                    Cell::new(active),
+                ]);
+            }
+        }
+    }
+
+    let mut replication = table(&["replication", "state", "behind", "delay", "last heard"]);
+    for direction in directions {
+        let (word, colour) = match &direction.trouble {
+            None => ("connected".to_owned(), Color::Green),
+            Some(trouble) => (trouble.clone(), Color::Red),
+        };
+        let seconds =
+            |value: Option<f64>, after: &str| value.map_or_else(|| "-".into(), |s| format!("{s:.1} s{after}"));
+        replication.add_row(vec![
+            Cell::new(format!("{} -> {}", direction.from, direction.to)),
+            Cell::new(word).fg(colour),
+            Cell::new(direction.bytes_behind.map_or_else(|| "-".into(), |bytes| format!("{bytes} B"))),
+            Cell::new(seconds(direction.seconds_behind, "")),
+            Cell::new(seconds(direction.last_message_age, " ago")),
+        ]);
+    }
+
+    let mut sessions = table(&["sessions on", "application", "client", "user", "state", "number"]);
+    for (name, found) in facts {
+        for session in &found.sessions {
+            let application = if session.application_name.is_empty() { "-" } else { &session.application_name };
+            sessions.add_row(vec![
+                name.as_str(),
+                application,
+                &session.client,
+                &session.user,
+                &session.state,
+                &session.sessions.to_string(),
+            ]);
+        }
+    }
+
+    let mut text = render(&nodes);
+    if !directions.is_empty() {
+        text.push('\n');
+        text.push_str(&render(&replication));
+    }
+    if sessions.row_count() > 0 {
+        text.push('\n');
+        text.push_str(&render(&sessions));
+    }
+    for (name, note) in facts.iter().filter_map(|(n, f)| f.state.as_ref().and_then(|s| s.note()).map(|note| (n, note)))
+    {
+        let _ = write!(
+            text,
+            "\nunfinished hop {} -> {}{}, begun {} by {}\n",
+            name,
+            note.to,
+            if note.both { " (--both)" } else { "" },
+            note.started,
+            note.by
+        );
+    }
+    let colour = if verdict.ready { anstyle::AnsiColor::Green } else { anstyle::AnsiColor::Yellow };
+    let style = anstyle::Style::new().bold().fg_color(Some(colour.into()));
+    let word = if verdict.ready { "" } else { "not ready to hop: " };
+    let _ = write!(text, "\n{style}{word}{}{style:#}", verdict.text);
+    text
+}

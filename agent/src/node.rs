@@ -1,0 +1,487 @@
+//! Connections: the only file that opens one.
+//!
+//! Deliberately knows nothing of hops or states. Every call is bounded; an error names the node, its address and what to do
+//! next, and never a password or anything out of a key.
+
+use std::collections::HashMap;
+use std::error::Error as _;
+use std::fmt;
+use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use openssl::pkey::PKey;
+use openssl::ssl::{SslConnector, SslMethod, SslVerifyMode};
+use postgres_openssl::MakeTlsConnector;
+use tokio::task::{AbortHandle, JoinHandle};
+use tokio::time::timeout;
+use tokio_postgres::config::SslMode;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, NoTls, Row, Statement};
+
+use crate::config::{Config, Family, Node, TlsMode};
+use crate::failure::{Failure, Kind};
+use crate::{pgpass, sql};
+
+/// What the agent's sessions are called on the servers.
+pub const APPLICATION_NAME: &str = "stillebot-agent";
+/// How long one address may take to answer a connection attempt.
+const ADDRESS_BOUND: Duration = Duration::from_secs(1);
+
+/// A query's parameters.
+pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
+
+/// What went wrong with a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// No connection was made.
+    Unreachable,
+    /// The connection broke, or the server did not answer in time: what was asked may have been done or not.
+    Lost,
+    /// The server answered with an error; it did not do what was asked.
+    Refused,
+}
+
+/// An error of a node, fit to be shown.
+#[derive(Debug, Clone, thiserror::Error)]
+pub struct NodeError {
+    /// The node.
+    pub node: String,
+    /// Host and port as configured.
+    pub place: Box<str>,
+    /// Whether it was done or not.
+    pub trouble: Trouble,
+    /// What the server or the operating system said.
+    pub message: String,
+    /// More of it.
+    pub detail: Option<String>,
+    /// What to do next.
+    pub hint: Option<String>,
+    /// The server itself said so, with an SQLSTATE.
+    pub answered: bool,
+}
+
+impl fmt::Display for NodeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}): {}", self.node, self.place, self.message)
+    }
+}
+
+impl From<NodeError> for Failure {
+    fn from(error: NodeError) -> Self {
+        let kind = if error.trouble == Trouble::Refused { Kind::Undone } else { Kind::Unreachable };
+        let mut failure = Self::new(kind, error.to_string());
+        failure.detail = error.detail;
+        failure.hint = error.hint;
+        failure
+    }
+}
+
+fn place(node: &Node) -> String {
+    if node.is_local() {
+        format!("socket {}, port {}", node.host, node.port)
+    } else {
+        format!("{}:{}", node.host, node.port)
+    }
+}
+
+/// Makes connections to the nodes of one configuration.
+pub struct Connector {
+    config: Config,
+    /// None with `mode = "disable"`.
+    tls: Option<MakeTlsConnector>,
+    /// One task for each connection made.
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Connector {
+    /// Reads certificates and key.
+    pub fn new(config: &Config) -> Result<Self, Failure> {
+        let tls = match config.tls.mode {
+            TlsMode::Disable => None,
+            mode => Some(tls(config, mode)?),
+        };
+        Ok(Self { config: config.clone(), tls, tasks: Mutex::new(Vec::new()) })
+    }
+
+    /// Gives the sessions that have been dropped a moment to say goodbye to their servers.
+    pub async fn farewell(&self) {
+        let tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        let _ = timeout(Duration::from_millis(300), futures_util::future::join_all(tasks)).await;
+    }
+
+    fn spawn<S, T>(&self, node: &Node, connection: tokio_postgres::Connection<S, T>) -> AbortHandle
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+        T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    {
+        let node = node.name.clone();
+        let task = tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(node, error = chain(&error), "connection ended");
+            }
+        });
+        let handle = task.abort_handle();
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(task);
+        handle
+    }
+
+    /// Connects, trying the node's addresses one after the other.
+    pub async fn connect(&self, node: &Node, bound: Duration) -> Result<Session, NodeError> {
+        match timeout(bound, self.try_addresses(node)).await {
+            Ok(result) => result,
+            Err(_) => Err(unreachable(
+                node,
+                format!("no connection within {}", humantime::format_duration(bound)),
+                "check that the server runs and that nothing swallows the packets on the way",
+            )),
+        }
+    }
+
+    async fn try_addresses(&self, node: &Node) -> Result<Session, NodeError> {
+        if node.is_local() {
+            return self.connect_to(node, None).await;
+        }
+        let addresses: Vec<SocketAddr> = match tokio::net::lookup_host((node.host.as_str(), node.port)).await {
+            Ok(addresses) => addresses
+                .filter(|address| match node.family {
+                    Family::Any => true,
+                    Family::Ipv4 => address.is_ipv4(),
+                    Family::Ipv6 => address.is_ipv6(),
+                })
+                .collect(),
+            Err(error) => {
+                return Err(unreachable(
+                    node,
+                    format!("cannot resolve the name: {error}"),
+                    "check node.host and the resolver",
+                ));
+            }
+        };
+        if addresses.is_empty() {
+            return Err(unreachable(
+                node,
+                "the name has no address of the wanted family".into(),
+                "check node.family and the name's A and AAAA records",
+            ));
+        }
+        let mut errors: Vec<NodeError> = Vec::new();
+        for address in &addresses {
+            match self.connect_to(node, Some(*address)).await {
+                Ok(session) => return Ok(session),
+                // The server is there and says no: other addresses lead to the same server.
+                Err(error) if error.answered => return Err(error),
+                Err(error) => errors.push(error),
+            }
+        }
+        let mut error = errors.pop().unwrap_or_else(|| unreachable(node, "no address".into(), "check node.host"));
+        if !errors.is_empty() {
+            errors.push(error.clone());
+            error.message = addresses
+                .iter()
+                .zip(&errors)
+                .map(|(address, error)| format!("{}: {}", address.ip(), error.message))
+                .collect::<Vec<_>>()
+                .join("; ");
+        }
+        Err(error)
+    }
+
+    async fn connect_to(&self, node: &Node, address: Option<SocketAddr>) -> Result<Session, NodeError> {
+        let mut settings = tokio_postgres::Config::new();
+        settings
+            .user(&self.config.user)
+            .dbname(&self.config.database)
+            .application_name(APPLICATION_NAME)
+            .port(node.port)
+            .host(&node.host)
+            .connect_timeout(ADDRESS_BOUND)
+            .keepalives_idle(Duration::from_secs(5))
+            .keepalives_interval(Duration::from_secs(2))
+            .keepalives_retries(3)
+            .tcp_user_timeout(Duration::from_secs(10))
+            // What the server should do when this agent or the link to it dies: notice, and give up what it was asked.
+            .options(
+                "-c client_connection_check_interval=500 -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2 \
+                 -c tcp_keepalives_count=3 -c tcp_user_timeout=10000 -c idle_in_transaction_session_timeout=15000 \
+                 -c search_path=pg_catalog",
+            );
+        if let Some(address) = address {
+            settings.hostaddr(address.ip());
+        }
+        let password =
+            self.config.passfile.as_deref().and_then(pgpass::read).and_then(|text| {
+                pgpass::lookup(&text, &node.host, node.port, &self.config.database, &self.config.user)
+            });
+        if let Some(password) = password {
+            settings.password(password);
+        }
+        let started = tokio::time::Instant::now();
+        let connected = match &self.tls {
+            Some(tls) if !node.is_local() => {
+                settings.ssl_mode(SslMode::Require);
+                settings.connect(tls.clone()).await.map(|(client, connection)| (client, self.spawn(node, connection)))
+            }
+            _ => {
+                settings.ssl_mode(SslMode::Disable);
+                settings.connect(NoTls).await.map(|(client, connection)| (client, self.spawn(node, connection)))
+            }
+        };
+        let (client, connection) = connected.map_err(|error| connect_error(node, &error))?;
+        tracing::debug!(node = node.name, address = ?address, elapsed = ?started.elapsed(), "connected");
+        let mut session = Session {
+            node: node.name.clone(),
+            place: place(node),
+            client,
+            connection,
+            statements: Mutex::new(HashMap::new()),
+            backend: (0, 0),
+        };
+        let row = session.row(sql::SELF, &[], Duration::from_secs(5)).await?;
+        session.backend = (row.get("pid"), row.get("started_us"));
+        Ok(session)
+    }
+}
+
+/// One connection to one node. Dropping it ends it, after what it was asked; see [`Session::abandon`].
+pub struct Session {
+    /// The node's name.
+    pub node: String,
+    place: String,
+    client: Client,
+    connection: AbortHandle,
+    statements: Mutex<HashMap<String, Statement>>,
+    /// Process id and start (microseconds) of the server's process for this session.
+    pub backend: (i32, i64),
+}
+
+impl Session {
+    /// Closes the socket at once, whatever the server is doing: it notices, and gives up what it was asked.
+    pub fn abandon(self) {
+        self.connection.abort();
+    }
+
+    /// Whether the connection is known to be lost.
+    pub fn is_lost(&self) -> bool {
+        self.client.is_closed()
+    }
+
+    /// Prepares a query, so that the first use costs one round trip only.
+    pub async fn prepare(&self, query: &str, bound: Duration) -> Result<Statement, NodeError> {
+        let known = self.statements.lock().unwrap_or_else(PoisonError::into_inner).get(query).cloned();
+        if let Some(statement) = known {
+            return Ok(statement);
+        }
+        let statement = self.bounded(self.client.prepare(query), bound).await?;
+        self.statements.lock().unwrap_or_else(PoisonError::into_inner).insert(query.to_owned(), statement.clone());
+        Ok(statement)
+    }
+
+    /// All rows of a query.
+    pub async fn rows(&self, query: &str, params: Params<'_>, bound: Duration) -> Result<Vec<Row>, NodeError> {
+        let statement = self.prepare(query, bound).await?;
+        self.bounded(self.client.query(&statement, params), bound).await
+    }
+
+    /// The first row of a query that has one.
+    pub async fn row(&self, query: &str, params: Params<'_>, bound: Duration) -> Result<Row, NodeError> {
+        let rows = self.rows(query, params, bound).await?;
+        rows.into_iter().next().ok_or_else(|| self.error(Trouble::Refused, "the server returned no row".into()))
+    }
+
+    /// Runs statements that return nothing.
+    pub async fn run(&self, statements: &str, bound: Duration) -> Result<(), NodeError> {
+        self.bounded(self.client.batch_execute(statements), bound).await
+    }
+
+    /// Runs one statement in a transaction of its own that says READ WRITE; returns the number of rows it changed.
+    pub async fn write(&self, statement: &str, params: Params<'_>, bound: Duration) -> Result<u64, NodeError> {
+        let statement = self.prepare(statement, bound).await?;
+        let work = async {
+            self.client.batch_execute("begin read write").await?;
+            match self.client.execute(&statement, params).await {
+                Ok(changed) => self.client.batch_execute("commit").await.map(|()| changed),
+                Err(error) => {
+                    // The first error is the one to tell.
+                    let _ = self.client.batch_execute("rollback").await;
+                    Err(error)
+                }
+            }
+        };
+        self.bounded(work, bound).await
+    }
+
+    /// A handle that asks the server to cancel what it is doing for this session.
+    pub async fn cancel(&self, connector: &Connector, bound: Duration) {
+        let token = self.client.cancel_token();
+        let cancelled = match (&connector.tls, self.place.starts_with("socket")) {
+            (Some(tls), false) => timeout(bound, token.cancel_query(tls.clone())).await,
+            _ => timeout(bound, token.cancel_query(NoTls)).await,
+        };
+        tracing::debug!(node = self.node, ?cancelled, "cancel request");
+    }
+
+    async fn bounded<T>(
+        &self,
+        work: impl Future<Output = Result<T, tokio_postgres::Error>>,
+        bound: Duration,
+    ) -> Result<T, NodeError> {
+        match timeout(bound, work).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => Err(self.call_error(&error)),
+            Err(_) => Err(self.error(
+                Trouble::Lost,
+                format!(
+                    "no answer within {}",
+                    humantime::format_duration(Duration::from_millis(bound.as_millis() as u64))
+                ),
+            )),
+        }
+    }
+
+    fn error(&self, trouble: Trouble, message: String) -> NodeError {
+        NodeError {
+            node: self.node.clone(),
+            place: self.place.clone().into(),
+            trouble,
+            message,
+            detail: None,
+            hint: None,
+            answered: false,
+        }
+    }
+
+    fn call_error(&self, error: &tokio_postgres::Error) -> NodeError {
+        let Some(db) = error.as_db_error() else {
+            return self.error(Trouble::Lost, chain(error));
+        };
+        let fatal = matches!(db.severity(), "FATAL" | "PANIC") || self.client.is_closed();
+        let mut result = self.error(if fatal { Trouble::Lost } else { Trouble::Refused }, db.message().to_owned());
+        result.detail = db.detail().map(str::to_owned);
+        result.hint = db.hint().map(str::to_owned);
+        result.answered = true;
+        if db.code().code() == "42501" && result.hint.is_none() {
+            result.hint = Some("grant the agent's role what it needs; see the README".into());
+        }
+        result
+    }
+}
+
+fn unreachable(node: &Node, message: String, hint: &str) -> NodeError {
+    NodeError {
+        node: node.name.clone(),
+        place: place(node).into(),
+        trouble: Trouble::Unreachable,
+        message,
+        detail: None,
+        hint: Some(hint.into()),
+        answered: false,
+    }
+}
+
+fn connect_error(node: &Node, error: &tokio_postgres::Error) -> NodeError {
+    if let Some(db) = error.as_db_error() {
+        let hint = match db.code().code() {
+            "28000" | "28P01" => {
+                "check the server's pg_hba.conf and the agent's user, certificate or password file".to_owned()
+            }
+            "3D000" => "check `database` in the configuration".to_owned(),
+            "53300" => "raise max_connections or reserve connections for the agent".to_owned(),
+            "57P03" => "the server is starting or stopping; try again".to_owned(),
+            _ => db.hint().unwrap_or("look into the server's log").to_owned(),
+        };
+        let mut result = unreachable(node, db.message().to_owned(), &hint);
+        result.detail = db.detail().map(str::to_owned);
+        result.answered = true;
+        return result;
+    }
+    let message = chain(error);
+    let hint = if message.contains("certificate verify failed") {
+        "the server's certificate is not signed by tls.root or not issued for node.host"
+    } else if message.contains("alert") {
+        "the server did not accept the agent's certificate: check tls.cert, tls.key and the server's ssl_ca_file"
+    } else if message.contains("does not support TLS") {
+        "switch ssl on in the server's postgresql.conf"
+    } else if message.contains("timed out") {
+        "check that the host is up; if one of its addresses does not route, set node.family"
+    } else if message.contains("password missing") {
+        "the server asks for a password: add a line to the password file (PGPASSFILE)"
+    } else {
+        "check that the server runs, listens there, and that node.host and node.port are right"
+    };
+    unreachable(node, message, hint)
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &tokio_postgres::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+fn tls(config: &Config, mode: TlsMode) -> Result<MakeTlsConnector, Failure> {
+    let flaw = |what: String| Failure::new(Kind::Configuration, what);
+    let mut builder = SslConnector::builder(SslMethod::tls_client()).map_err(|error| flaw(format!("tls: {error}")))?;
+    if let Some(root) = &config.tls.root {
+        readable("tls.root", root)?;
+        builder
+            .set_ca_file(root)
+            .map_err(|_| flaw(format!("tls.root: {} holds no PEM certificate", root.display())))?;
+    }
+    if let (Some(cert), Some(key)) = (&config.tls.cert, &config.tls.key) {
+        readable("tls.cert", cert)?;
+        builder
+            .set_certificate_chain_file(cert)
+            .map_err(|_| flaw(format!("tls.cert: {} holds no PEM certificate", cert.display())))?;
+        let pem = private(key)?;
+        // The callback answers instead of a question on the terminal: a key with a passphrase is no use to an agent.
+        let key_pair = PKey::private_key_from_pem_callback(&pem, |_| Ok(0))
+            .map_err(|_| flaw(format!("tls.key: {} holds no PEM key, or one with a passphrase", key.display())))?;
+        builder
+            .set_private_key(&key_pair)
+            .and_then(|()| builder.check_private_key())
+            .map_err(|_| flaw(format!("tls.key: {} does not belong to {}", key.display(), cert.display())))?;
+    }
+    let verify_host = mode == TlsMode::VerifyFull;
+    if mode == TlsMode::Require && config.tls.root.is_none() {
+        builder.set_verify(SslVerifyMode::NONE);
+    }
+    let mut connector = MakeTlsConnector::new(builder.build());
+    connector.set_callback(move |connection, _host| {
+        connection.set_verify_hostname(verify_host);
+        Ok(())
+    });
+    Ok(connector)
+}
+
+fn readable(key: &str, path: &Path) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path)
+        .map_err(|error| Failure::new(Kind::Configuration, format!("{key}: cannot read {}: {error}", path.display())))
+}
+
+/// Reads a key that nobody else can read; root's may be readable by its group, as libpq allows.
+fn private(path: &Path) -> Result<Vec<u8>, Failure> {
+    let pem = readable("tls.key", path)?;
+    if let Ok(metadata) = std::fs::metadata(path) {
+        let forbidden = if metadata.uid() == 0 { 0o027 } else { 0o077 };
+        if metadata.mode() & forbidden != 0 {
+            return Err(Failure::new(
+                Kind::Configuration,
+                format!("tls.key: {} is accessible to others", path.display()),
+            )
+            .hint("chmod 0600 it (0640 if it belongs to root)"));
+        }
+    }
+    Ok(pem)
+}
