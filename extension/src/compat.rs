@@ -243,7 +243,10 @@ pub fn activity(backend: c_int) -> Option<(c_int, bool)> {
         let entry = pg_sys::pgstat_get_beentry_by_proc_number(backend);
         entry.as_ref()?
     };
-    let idle = matches!(entry.st_state, STATE_IDLE | STATE_IDLEINTRANSACTION | STATE_IDLEINTRANSACTION_ABORTED);
+    // Background workers report what they like, or nothing.
+    let client = matches!(entry.st_backendType, pg_sys::BackendType::B_BACKEND | pg_sys::BackendType::B_WAL_SENDER);
+    let idle =
+        client && matches!(entry.st_state, STATE_IDLE | STATE_IDLEINTRANSACTION | STATE_IDLEINTRANSACTION_ABORTED);
     Some((entry.st_procpid, idle))
 }
 
@@ -253,6 +256,32 @@ pub fn terminate(pid: c_int) {
     unsafe {
         if !pg_sys::BackendPidGetProc(pid).is_null() {
             libc::kill(pid, libc::SIGTERM);
+        }
+    }
+}
+
+/// Text of ours as the server, and so the client, can take it: characters beyond ASCII only where it speaks UTF-8. Cannot
+/// fail, for it is used while an ERROR is being reported.
+pub fn in_server_encoding(text: String) -> String {
+    // SAFETY: a backend-local integer.
+    if unsafe { pg_sys::GetDatabaseEncoding() } == pg_sys::pg_enc::PG_UTF8 as c_int || text.is_ascii() {
+        text
+    } else {
+        text.chars().map(|letter| if letter.is_ascii() { letter } else { '?' }).collect()
+    }
+}
+
+/// Text of the server's as Rust's.
+pub fn from_server_encoding(bytes: &[u8]) -> String {
+    // SAFETY: reads `bytes.len()` bytes, and returns them or a palloc'd C string. It may raise: only called from guarded
+    // functions.
+    unsafe {
+        let start = bytes.as_ptr().cast::<c_char>().cast_mut();
+        let converted = pg_sys::pg_server_to_any(start, bytes.len() as c_int, pg_sys::pg_enc::PG_UTF8 as c_int);
+        if std::ptr::eq(converted, start) {
+            String::from_utf8_lossy(bytes).into_owned()
+        } else {
+            std::ffi::CStr::from_ptr(converted).to_string_lossy().into_owned()
         }
     }
 }

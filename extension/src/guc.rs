@@ -100,27 +100,31 @@ unsafe extern "C-unwind" fn check_state(
     allowed
 }
 
-/// Runs when a session takes the setting over from its database, before the client is told of the session's settings.
+/// Runs when a session takes the setting over from its database, before the client is told of the session's settings,
+/// and after default_transaction_read_only, which is recorded before this one.
 ///
 /// A database that was the only writable node before its server restarted has no default_transaction_read_only of its
-/// own, but must not look writable to libpq and to the bot while it refuses writes.
+/// own, but must not look writable to libpq and to the bot while it refuses writes. A replication worker, on the other
+/// hand, must not have it: apply itself does not look, but triggers and identity columns would fail.
 unsafe extern "C-unwind" fn assign_state(value: *const c_char, _extra: *mut c_void) {
     // SAFETY: PostgreSQL passes null or a C string.
     let Some(value) = (unsafe { value.as_ref() }) else { return };
     // SAFETY: as above.
     let state = State::parse(&unsafe { CStr::from_ptr(value) }.to_string_lossy());
-    if state.state == Mode::Down {
-        STARTED_DOWN.store(true, Relaxed);
-    }
-    // SAFETY: plain reads and a plain write of a backend-local setting.
+    // SAFETY: plain reads and writes of backend-local settings.
     unsafe {
-        if state.sole
-            && pg_sys::MyDatabaseId != pg_sys::InvalidOid
-            && !compat::IsLogicalWorker()
-            && readonly::is_rejoining()
-        {
-            pg_sys::DefaultXactReadOnly = true;
+        if pg_sys::MyDatabaseId == pg_sys::InvalidOid {
+            return;
+        }
+        if compat::IsLogicalWorker() {
+            if state.state == Mode::Down {
+                pg_sys::DefaultXactReadOnly = false;
+            }
+        } else if state.state == Mode::Down {
             STARTED_DOWN.store(true, Relaxed);
+        } else if state.sole && readonly::is_rejoining() {
+            STARTED_DOWN.store(true, Relaxed);
+            pg_sys::DefaultXactReadOnly = true;
         }
     }
 }

@@ -10,7 +10,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::Relaxed};
 use std::time::SystemTime;
 
 use pgrx::pg_sys;
@@ -48,10 +48,9 @@ enum Process {
     Unasked = 0,
     /// Sessions, and background workers of others: bound by the state of their database.
     Ordinary = 1,
-    /// Apply and table synchronisation: replication goes on while down.
-    Replication = 2,
-    /// Autovacuum writes no data; a parallel worker cannot write, and its leader is bound.
-    Exempt = 3,
+    /// Apply and table synchronisation, for replication goes on while down; autovacuum, which writes no data; parallel
+    /// workers, which cannot write, and whose leader is bound.
+    Exempt = 2,
 }
 
 static PROCESS: AtomicU8 = AtomicU8::new(Process::Unasked as u8);
@@ -60,8 +59,7 @@ static PROCESS: AtomicU8 = AtomicU8::new(Process::Unasked as u8);
 fn process() -> Process {
     match PROCESS.load(Relaxed) {
         1 => Process::Ordinary,
-        2 => Process::Replication,
-        3 => Process::Exempt,
+        2 => Process::Exempt,
         _ => classify(),
     }
 }
@@ -70,9 +68,10 @@ fn process() -> Process {
 fn classify() -> Process {
     // SAFETY: backend-local values, settled before a process runs its first statement.
     let process = unsafe {
-        if compat::IsLogicalWorker() {
-            Process::Replication
-        } else if pg_sys::ParallelWorkerNumber >= 0 || pg_sys::MyBackendType == pg_sys::BackendType::B_AUTOVAC_WORKER {
+        if compat::IsLogicalWorker()
+            || pg_sys::ParallelWorkerNumber >= 0
+            || pg_sys::MyBackendType == pg_sys::BackendType::B_AUTOVAC_WORKER
+        {
             Process::Exempt
         } else {
             Process::Ordinary
@@ -88,39 +87,55 @@ fn classify() -> Process {
 /// is read-only from here on.
 #[inline]
 fn enter(effect: Effect) -> bool {
-    match process() {
-        Process::Ordinary => {}
-        Process::Replication => {
-            let_replication_write();
-            return false;
-        }
-        _ => return false,
+    if process() != Process::Ordinary {
+        return false;
     }
     let (Some(database), Some(backend)) = (shmem::my_database(), shmem::my_backend()) else {
         return without_a_slot();
     };
     // SAFETY: backend-local.
-    if effect != Effect::Nothing && !unsafe { pg_sys::XactReadOnly } {
-        backend.note(compat::my_local_xid(), effect);
-    }
+    let fresh =
+        effect != Effect::Nothing && !unsafe { pg_sys::XactReadOnly } && backend.note(compat::my_local_xid(), effect);
     match database.gate() {
         Gate::Open => false,
-        Gate::Unknown => resolve(database) && refuse(backend),
-        Gate::Draining | Gate::Severing | Gate::Closed => refuse(backend),
+        Gate::Unknown => resolve(database) && refuse(backend, fresh),
+        Gate::Draining | Gate::Severing => refuse(backend, fresh),
+        Gate::Closed => refuse(backend, true),
     }
 }
 
+/// Makes the transaction read-only, and takes its mark back where that is the truth: `harmless` if nothing of it ran
+/// before the edge.
+///
+/// That is so if the mark was made just now, or if the drain is over. Otherwise a statement may be under way that passed
+/// core's check before the edge: an INSERT looks at XactReadOnly once, at its start, and we may be in its trigger. Its
+/// mark has to stay for the drain to see.
 #[cold]
-fn refuse(backend: &Backend) -> bool {
+fn refuse(backend: &Backend, harmless: bool) -> bool {
     // SAFETY: backend-local; the same assignment as SET TRANSACTION READ ONLY ends in.
     unsafe {
-        pg_sys::XactReadOnly = true;
-        // Without an id it has written nothing, and from here on it cannot: nobody needs to wait for it.
-        if compat::GetTopTransactionIdIfAny() == pg_sys::InvalidTransactionId {
+        if !pg_sys::XactReadOnly {
+            pg_sys::XactReadOnly = true;
+            REFUSED_IN.store(compat::my_local_xid(), Relaxed);
+        }
+        if harmless && compat::GetTopTransactionIdIfAny() == pg_sys::InvalidTransactionId {
             backend.forget();
         }
     }
     true
+}
+
+/// The local id of the last transaction that was made read-only here: for the hint, should the database open meanwhile.
+static REFUSED_IN: AtomicU32 = AtomicU32::new(0);
+
+/// For a verb, which must not be followed by writes in its own statement, nor wait for the end of others as one that
+/// could still write.
+pub fn write_no_more() {
+    // SAFETY: backend-local.
+    unsafe { pg_sys::XactReadOnly = true };
+    if let Some(backend) = shmem::my_backend() {
+        backend.forget();
+    }
 }
 
 /// The first look at a database since the server started: what the catalog says holds, after what a restart does to
@@ -168,22 +183,10 @@ fn without_a_slot() -> bool {
     false
 }
 
-/// A worker that started while its database was down has default_transaction_read_only = on like every session. Apply
-/// itself does not look at it, but triggers that write through SPI and defaults that call nextval() would fail.
-fn let_replication_write() {
-    if guc::session_started_down() {
-        // SAFETY: backend-local; what SET and SET TRANSACTION would do.
-        unsafe {
-            pg_sys::DefaultXactReadOnly = false;
-            pg_sys::XactReadOnly = false;
-        }
-    }
-}
-
-/// Whether this database refuses writes because it was the only writable node when its server stopped. Asked before
-/// a session's first statement.
+/// Whether a database that is recorded as the only writable node refuses writes, because its server has restarted. Asked
+/// before a session's first statement. Without a slot nobody can have opened it since.
 pub fn is_rejoining() -> bool {
-    shmem::my_database().is_some_and(|database| match database.gate() {
+    shmem::my_database().is_none_or(|database| match database.gate() {
         Gate::Unknown => true,
         Gate::Open => false,
         _ => database.text().is_none_or(|text| State::parse(&text).rejoin),
@@ -240,19 +243,24 @@ unsafe extern "C-unwind" fn process_utility(
     unsafe {
         let node = (*statement).utilityStmt;
         let changes = compat::GetCommandLogLevel(node) != pg_sys::LogStmtLevel::LOGSTMT_ALL;
-        let closed = !always_allowed(node) && enter(if changes { Effect::Writes } else { Effect::Nothing });
+        let allowed = always_allowed(node);
+        let closed = enter(if changes && !allowed { Effect::Writes } else { Effect::Nothing });
         let mut hint = Hint::new();
         hint.push(closed);
         if closed {
             refuse_two_phase(node);
+            // Core asks once, before it begins; event triggers, should there be any, meet the hooks.
+            pg_sys::XactReadOnly = !allowed;
         }
         refuse_to_touch_the_record(node);
 
-        // Some commands commit in the middle, and what they do next has another transaction id than the one marked.
-        // Only at top level, where nothing catches an ERROR below us: the abort that follows clears the flag.
-        let spans = changes && context == pg_sys::ProcessUtilityContext::PROCESS_UTILITY_TOPLEVEL;
-        if spans {
-            set_in_utility(true);
+        // Some commands commit in the middle, and what they do next has another transaction id than the one marked. An
+        // ERROR below skips the end of this function: whatever is left set is set anew by the next command, which an
+        // aborted (sub)transaction needs to end, or by the abort itself.
+        let top = context == pg_sys::ProcessUtilityContext::PROCESS_UTILITY_TOPLEVEL;
+        if top {
+            set_in_utility(changes && !allowed);
+            IN_MAINTENANCE.store(is_maintenance(node), Relaxed);
         }
         match PREVIOUS_PROCESS_UTILITY {
             Some(hook) => {
@@ -269,8 +277,12 @@ unsafe extern "C-unwind" fn process_utility(
                 completion,
             ),
         }
-        if spans {
+        if top {
             set_in_utility(false);
+            IN_MAINTENANCE.store(false, Relaxed);
+        }
+        if closed {
+            pg_sys::XactReadOnly = true; // Also if the command was SET TRANSACTION READ WRITE.
         }
         hint.pop(closed);
     }
@@ -279,9 +291,22 @@ unsafe extern "C-unwind" fn process_utility(
 fn set_in_utility(running: bool) {
     if process() == Process::Ordinary
         && let Some(backend) = shmem::my_backend()
+        && backend.in_utility() != running
     {
         backend.set_in_utility(running);
     }
+}
+
+/// Whether a command runs whose transactions, begun by itself in the session's default mode, may have an id while the
+/// database is closed: see [`refuse_to_commit_past_the_edge`].
+static IN_MAINTENANCE: AtomicBool = AtomicBool::new(false);
+
+/// # Safety
+/// `node` is a statement of PostgreSQL's.
+unsafe fn is_maintenance(node: *mut pg_sys::Node) -> bool {
+    use pg_sys::NodeTag::{T_ClusterStmt, T_ReindexStmt, T_VacuumStmt};
+    // SAFETY: every node has a tag.
+    matches!(unsafe { (*node).type_ }, T_VacuumStmt | T_ReindexStmt | T_ClusterStmt)
 }
 
 unsafe extern "C-unwind" fn object_access(
@@ -367,14 +392,18 @@ unsafe fn refuse_to_touch_the_record(node: *mut pg_sys::Node) {
             }
             _ => return,
         };
-        let names_it = !(*change).name.is_null()
-            && CStr::from_ptr((*change).name).to_bytes().eq_ignore_ascii_case(catalog::STATE.to_bytes());
-        let resets_all = (*change).kind == pg_sys::VariableSetKind::VAR_RESET_ALL && !database.is_null() && {
-            let database = compat::get_database_oid(database, true);
+        let names = |setting: &CStr| {
+            !(*change).name.is_null()
+                && CStr::from_ptr((*change).name).to_bytes().eq_ignore_ascii_case(setting.to_bytes())
+        };
+        let recorded = || {
+            let database =
+                if database.is_null() { pg_sys::InvalidOid } else { compat::get_database_oid(database, true) };
             database != pg_sys::InvalidOid && !catalog::recorded(database, catalog::STATE).is_null()
         };
-        if names_it || resets_all {
-            refuse_command(c"a change of stillebot.state", hint_at_verbs);
+        let resets_all = (*change).kind == pg_sys::VariableSetKind::VAR_RESET_ALL;
+        if names(catalog::STATE) || ((resets_all || names(catalog::READ_ONLY)) && recorded()) {
+            refuse_command(c"a change of what is recorded for a database that is down", hint_at_verbs);
         }
     }
 }
@@ -445,6 +474,7 @@ unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _a
         }
         XACT_EVENT_ABORT => {
             set_in_utility(false);
+            IN_MAINTENANCE.store(false, Relaxed);
             if let Some(Pending { database, before, .. }) = take_pending() {
                 database.set(before.0, &before.1);
             }
@@ -453,22 +483,23 @@ unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _a
     }
 }
 
-/// Once the drain is over, a transaction that could write before the edge and has an id must not commit: it was told to
-/// end. The four hooks make this unreachable but for one window, a session that is being terminated and reaches its
-/// commit before the signal; it also turns any way around the hooks that nobody has found yet into an ERROR.
+/// Once the drain is over, a transaction with an id must not commit if it could write before the edge, or is not
+/// read-only now: what writes while the database is closed (temporary tables, maintenance) has one of the hooks before it.
+///
+/// One race ends here, a session that is being terminated and reaches its commit before the signal. The rest is a second
+/// lock on the door, for ways around the hooks: one is an expression that PL/pgSQL has cached across its own COMMIT.
 unsafe fn refuse_to_commit_past_the_edge() {
-    if process() != Process::Ordinary || is_pending() {
+    if process() != Process::Ordinary || is_pending() || IN_MAINTENANCE.load(Relaxed) {
         return;
     }
     let (Some(database), Some(backend)) = (shmem::my_database(), shmem::my_backend()) else { return };
-    if !matches!(database.gate(), Gate::Severing | Gate::Closed)
-        || backend.effect_of(compat::my_local_xid()) == Effect::Nothing
-    {
+    if !matches!(database.gate(), Gate::Severing | Gate::Closed) {
         return;
     }
     // SAFETY: reads state of the backend; may raise, as the event allows.
     unsafe {
-        if compat::GetTopTransactionIdIfAny() != pg_sys::InvalidTransactionId {
+        let could_write = backend.effect_of(compat::my_local_xid()) != Effect::Nothing || !pg_sys::XactReadOnly;
+        if could_write && compat::GetTopTransactionIdIfAny() != pg_sys::InvalidTransactionId {
             refuse_command(c"COMMIT", hint_at_state);
         }
     }
@@ -545,7 +576,7 @@ unsafe extern "C-unwind" fn hint_at_sole(_argument: *mut c_void) {
 /// The part that owns memory, and so must not raise. Leaves at least one NUL byte at the end.
 fn copy_hint(buffer: &mut [u8; 1024]) {
     let text = shmem::my_database().and_then(Database::text);
-    let hint = text.map_or_else(guc::session_state, |text| State::parse(&text)).hint();
+    let hint = compat::in_server_encoding(text.map_or_else(guc::session_state, |text| State::parse(&text)).hint());
     let mut length = hint.len().min(buffer.len() - 1);
     while !hint.is_char_boundary(length) {
         length -= 1;
@@ -571,6 +602,12 @@ unsafe extern "C-unwind" fn emit_log(report: *mut pg_sys::ErrorData) {
                         c"%s".as_ptr(),
                         c"The database is up again, but this session began while it was down. SET default_transaction_read_only = off, or connect anew."
                             .as_ptr(),
+                    );
+                }
+                Gate::Open if pg_sys::XactReadOnly && REFUSED_IN.load(Relaxed) == compat::my_local_xid() => {
+                    compat::errhint(
+                        c"%s".as_ptr(),
+                        c"The database is up again, but this transaction became read-only while it was not. Begin a new one.".as_ptr(),
                     );
                 }
                 Gate::Open => {}

@@ -11,10 +11,10 @@ use pgrx::pg_sys;
 
 use crate::compat;
 
-/// Databases whose state can be kept. 4 kB each; a server with more is told so by stillebot_down().
-const DATABASES: usize = 64;
+/// Databases whose state can be kept, of those that are used between two starts of the server. 2 kB each.
+const DATABASES: usize = 512;
 /// The longest state, as JSON text, in bytes.
-pub const MAX_STATE: usize = 4000;
+pub const MAX_STATE: usize = 2000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -243,18 +243,20 @@ pub fn backend(number: i32) -> Option<&'static Backend> {
 }
 
 impl Backend {
-    /// Notes what this backend's transaction is about to run, and orders that before the next look at the gate.
+    /// Notes what this backend's transaction is about to run, and orders that before the next look at the gate. Returns
+    /// whether it is the first note of this transaction.
     ///
     /// The fence pairs with the one in [`Database::move_gate`]: either this backend sees the gate closed, or whoever
     /// closed it sees this mark (and the activity report made before it).
     #[inline]
-    pub fn note(&self, local_xid: u32, effect: Effect) {
+    pub fn note(&self, local_xid: u32, effect: Effect) -> bool {
         let mark = u64::from(local_xid) << 2 | effect as u64;
         let before = self.mark.load(Ordering::Relaxed);
         if before >> 2 != mark >> 2 || before < mark {
             self.mark.store(mark, Ordering::Relaxed);
         }
         fence(Ordering::SeqCst);
+        before >> 2 != mark >> 2
     }
 
     /// The strongest effect so far of the transaction with this local id.

@@ -63,8 +63,9 @@ impl State {
         (self.state == Mode::Down || self.sole).then(|| self.to_json())
     }
 
+    /// In ASCII: the record is in a catalog that databases of all encodings share.
     pub fn to_json(&self) -> String {
-        serde_json::to_string(self).expect("a state has string keys and no fallible parts")
+        ascii(&serde_json::to_string(self).expect("a state has string keys and no fallible parts"))
     }
 
     /// What the recorded state means to a server that has just started.
@@ -98,6 +99,21 @@ impl State {
         }
         hint + ". SELECT stillebot_up() brings it up."
     }
+}
+
+/// JSON with everything beyond ASCII escaped. Such characters can only be inside of its strings.
+pub fn ascii(json: &str) -> String {
+    let mut escaped = String::with_capacity(json.len());
+    for letter in json.chars() {
+        if letter.is_ascii() {
+            escaped.push(letter);
+        } else {
+            for unit in letter.encode_utf16(&mut [0; 2]) {
+                escaped += &format!("\\u{unit:04x}");
+            }
+        }
+    }
+    escaped
 }
 
 /// Instants as RFC 3339 text in UTC, with microseconds: PostgreSQL reads it as timestamptz, and so do people in \drds.
@@ -148,6 +164,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_state_survives_being_written_and_read(state in states()) {
+            prop_assert!(state.to_json().is_ascii());
             prop_assert_eq!(State::parse(&state.to_json()), state);
         }
 

@@ -9,23 +9,27 @@ use std::time::{Duration, Instant, SystemTime};
 use pgrx::prelude::*;
 use pgrx::{JsonB, pg_sys};
 
-use crate::readonly::{Pending, settle_at_end};
+use crate::readonly::{Pending, settle_at_end, write_no_more};
 use crate::shmem::{self, Database, Effect, Gate, MAX_STATE};
-use crate::state::{Mode, State};
+use crate::state::{Mode, State, ascii};
 use crate::{catalog, compat, guc};
 
 /// How long terminated sessions get to end, past the timeout of the call.
 const TERMINATION_GRACE: Duration = Duration::from_secs(10);
-/// Between two looks at who is in the way: short, for writes are refused meanwhile.
-const POLL_MILLISECONDS: i64 = 1;
 
+// A text is a varlena, as a bytea is, and this way comes as its bytes: pgrx's &str insists on UTF-8, a server need not.
 #[pg_extern(sql = false)]
-fn stillebot_down(reason: Option<&str>, timeout: Option<Interval>, terminate: Option<bool>) -> i64 {
+fn stillebot_down(reason: Option<&[u8]>, timeout: Option<Interval>, terminate: Option<bool>) -> i64 {
     take_down("stillebot_down()", reason, timeout, terminate, None)
 }
 
 #[pg_extern(sql = false)]
-fn multihome_down(reason: Option<&str>, timeout: Option<Interval>, terminate: Option<bool>, hop: Option<JsonB>) -> i64 {
+fn multihome_down(
+    reason: Option<&[u8]>,
+    timeout: Option<Interval>,
+    terminate: Option<bool>,
+    hop: Option<JsonB>,
+) -> i64 {
     take_down("multihome.down()", reason, timeout, terminate, hop.map(|hop| hop.0))
 }
 
@@ -56,7 +60,7 @@ fn multihome_set_hop(hop: Option<JsonB>) {
 
 /// The state as JSON, for stillebot_status() and the agent.
 #[pg_extern(sql = false)]
-fn multihome_state() -> JsonB {
+fn multihome_state() -> Option<pgrx::datum::AnyElement> {
     let database = require_slot();
     let text = database.text().unwrap_or_default();
     let mut state = match database.gate() {
@@ -80,7 +84,13 @@ fn multihome_state() -> JsonB {
         "hop": state.hop,
         "writers": writers,
     });
-    JsonB(json)
+    // By way of text, so that the server decodes what is beyond ASCII into its own encoding.
+    let json = guc::c_string(&ascii(&json.to_string()));
+    // SAFETY: jsonb_in() takes a C string, which it copies.
+    unsafe {
+        let jsonb = pgrx::direct_function_call_as_datum(pg_sys::jsonb_in, &[Some(json.as_ptr().into())]);
+        pgrx::datum::AnyElement::from_polymorphic_datum(jsonb?, false, pg_sys::JSONBOID)
+    }
 }
 
 #[pg_extern(sql = false)]
@@ -111,7 +121,7 @@ fn multihome_refresh(copy_data: Option<bool>) -> SetOfIterator<'static, String> 
 
 fn take_down(
     verb: &'static str,
-    reason: Option<&str>,
+    reason: Option<&[u8]>,
     timeout: Option<Interval>,
     terminate: Option<bool>,
     hop: Option<serde_json::Value>,
@@ -131,7 +141,7 @@ fn take_down(
         state: Mode::Down,
         since: Some(SystemTime::now()),
         by: Some(session_user()),
-        reason: reason.map(str::to_owned),
+        reason: reason.map(compat::from_server_encoding),
         hop,
         ..State::up()
     };
@@ -144,8 +154,8 @@ fn take_down(
         call.database.move_gate(Gate::Draining);
         drain(call.database, deadline, terminate);
     }
+    catalog::record(catalog::READ_ONLY, Some("on")); // First: see assign_state() in guc.rs.
     catalog::record(catalog::STATE, down.setting().as_deref());
-    catalog::record(catalog::READ_ONLY, Some("on"));
     compat::notify(c"readonly", c"on");
     // SAFETY: sets a flag of the current transaction. The record must be on disk before anybody acts on it.
     unsafe { pg_sys::ForceSyncCommit() };
@@ -156,6 +166,7 @@ fn take_down(
 fn drain(database: &Database, deadline: Instant, terminate: bool) {
     let mut terminated = Vec::new();
     let mut until = deadline;
+    let mut polls = 0;
     loop {
         let in_the_way = writers();
         if in_the_way.is_empty() {
@@ -175,14 +186,19 @@ fn drain(database: &Database, deadline: Instant, terminate: bool) {
             terminated = sessions;
             until = Instant::now() + TERMINATION_GRACE;
         }
-        sleep();
+        // Short at first, for writes are refused meanwhile.
+        polls += 1;
+        sleep(if polls < 100 { 1 } else { 10 });
     }
 }
 
-/// Prepared transactions of this database, but for those of a two-phase subscription: they are replication's business,
-/// and end by replication.
+/// Prepared transactions of this database, but for those of its two-phase subscriptions: they are replication's
+/// business, and end by replication.
 const PREPARED: &str = "pg_catalog.pg_prepared_xacts
-     where database = current_database() and gid !~ '^pg_gid_[0-9]+_[0-9]+$'";
+     where database = current_database()
+       and not exists (select from pg_catalog.pg_subscription s join pg_catalog.pg_database d on d.oid = s.subdbid
+                        where d.datname = current_database() and s.subtwophasestate <> 'd'
+                          and gid ~ format('^pg_gid_%s_[0-9]+$', s.oid))";
 
 /// A transaction that wrote or could write.
 struct Writer {
@@ -198,10 +214,12 @@ fn writers() -> Vec<Writer> {
     let transactions = unsafe {
         compat::pgstat_clear_backend_activity_snapshot();
         let array = pg_sys::GetCurrentVirtualXIDs(pg_sys::InvalidTransactionId, false, false, 0, &mut count);
-        std::slice::from_raw_parts(array, count as usize)
+        let transactions = std::slice::from_raw_parts(array, count as usize).to_vec();
+        pg_sys::pfree(array.cast());
+        transactions
     };
     let mut writers = Vec::new();
-    for transaction in transactions {
+    for transaction in &transactions {
         let number = compat::backend_of(transaction);
         let Some(backend) = shmem::backend(number) else { continue };
         if !backend.in_utility() && backend.effect_of(transaction.localTransactionId) == Effect::Nothing {
@@ -224,9 +242,13 @@ fn writers() -> Vec<Writer> {
 
 /// The rows of a query with one text column. Read-only, so that it takes no transaction id and works on a standby.
 fn lines(query: &str, arguments: &[pgrx::datum::DatumWithOid]) -> Vec<String> {
+    let query = format!("select convert_to(line, 'UTF8') from ({query}) as lines (line)");
     Spi::connect(|spi| {
-        let rows = spi.select(query, None, arguments)?;
-        rows.map(|row| row.get::<String>(1).map(Option::unwrap_or_default)).collect::<Result<_, _>>()
+        let rows = spi.select(&query, None, arguments)?;
+        rows.map(|row| {
+            row.get::<Vec<u8>>(1).map(|line| String::from_utf8_lossy(&line.unwrap_or_default()).into_owned())
+        })
+        .collect::<Result<_, _>>()
     })
     .unwrap_or_else(|error: spi::Error| pgrx::error!("cannot read a catalog: {error}"))
 }
@@ -322,6 +344,7 @@ impl Call {
         prevent_on_standby(verb);
         prevent_in_block(verb);
         prevent_in_writing_statement(verb);
+        write_no_more();
         lock(verb, deadline);
         Call { database }
     }
@@ -370,7 +393,7 @@ fn require_slot() -> &'static Database {
             PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
             "the server has too many databases for stillebot to keep the state of this one",
             None,
-            "Restart the server: the databases that are used first get a place.",
+            "Restart the server: the databases that are used first then get a place.",
         )
     })
 }
@@ -410,11 +433,12 @@ fn lock(verb: &str, deadline: Option<Instant>) {
     // SAFETY: looks up this very extension; the lock goes with the transaction.
     unsafe {
         let extension = pg_sys::get_extension_oid(c"stillebot".as_ptr(), false);
-        let Some(deadline) = deadline else {
+        if deadline.is_none() {
             pg_sys::LockDatabaseObject(pg_sys::ExtensionRelationId, extension, 0, MODE);
-            return;
-        };
-        while !pg_sys::ConditionalLockDatabaseObject(pg_sys::ExtensionRelationId, extension, 0, MODE) {
+        }
+        while let Some(deadline) = deadline
+            && !pg_sys::ConditionalLockDatabaseObject(pg_sys::ExtensionRelationId, extension, 0, MODE)
+        {
             if Instant::now() >= deadline {
                 fail(
                     PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE,
@@ -423,7 +447,15 @@ fn lock(verb: &str, deadline: Option<Instant>) {
                     "See who is at it: SELECT * FROM pg_stat_activity WHERE query ILIKE '%stillebot%'.",
                 );
             }
-            sleep();
+            sleep(1);
+        }
+        if pg_sys::get_extension_oid(c"stillebot".as_ptr(), true) != extension {
+            fail(
+                PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+                "the extension stillebot was dropped meanwhile",
+                None,
+                "Create it again if that was not meant.",
+            );
         }
     }
 }
@@ -439,7 +471,7 @@ fn session_user() -> String {
     // SAFETY: the session has a user; the name is palloc'd.
     unsafe {
         let name = pg_sys::GetUserNameFromId(pg_sys::GetSessionUserId(), false);
-        std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned()
+        compat::from_server_encoding(std::ffi::CStr::from_ptr(name).to_bytes())
     }
 }
 
@@ -453,11 +485,11 @@ fn duration(timeout: Interval) -> Duration {
     Duration::from_micros(micros.min(365 * day) as u64)
 }
 
-fn sleep() {
+fn sleep(milliseconds: i64) {
     // SAFETY: this backend's own latch; PostgreSQL's own way to wait, ended by interrupts and by the postmaster's death.
     unsafe {
         let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
-        pg_sys::WaitLatch(pg_sys::MyLatch, events as i32, POLL_MILLISECONDS, pg_sys::PG_WAIT_EXTENSION);
+        pg_sys::WaitLatch(pg_sys::MyLatch, events as i32, milliseconds, pg_sys::PG_WAIT_EXTENSION);
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }
     pgrx::check_for_interrupts!();
@@ -466,7 +498,7 @@ fn sleep() {
 fn fail(code: PgSqlErrorCode, message: &str, detail: Option<&str>, hint: &str) -> ! {
     let mut report = pgrx::pg_sys::panic::ErrorReport::new(code, message, "stillebot").set_hint(hint);
     if let Some(detail) = detail {
-        report = report.set_detail(detail);
+        report = report.set_detail(compat::in_server_encoding(detail.to_owned()));
     }
     report.report(PgLogLevel::ERROR);
     unreachable!("an ERROR does not return")

@@ -6,10 +6,10 @@ use anyhow::Result;
 use stillebot_tests::{Server, ServerBuilder};
 use tokio_postgres::{Error, error::SqlState};
 
-/// A server with two-phase commit, whose database `postgres` has the extension, an owner, a guest with every privilege on
-/// the tables, and things to write to.
+/// A server whose database `postgres` has the extension, an owner, a guest with every privilege on the tables, and things to
+/// write to.
 pub async fn furnished(builder: ServerBuilder) -> Result<Server> {
-    let server = builder.config("max_prepared_transactions", "10").start().await?;
+    let server = builder.start().await?;
     server.expect_log(" 25006 ");
     server
         .execute(
@@ -37,6 +37,25 @@ pub async fn furnished(builder: ServerBuilder) -> Result<Server> {
         )
         .await?;
     Ok(server)
+}
+
+/// As [`furnished`], with two-phase commit and a prepared transaction that is replication's, as its name says: any other is
+/// in the way of going down.
+pub async fn furnished_with_two_phase(builder: ServerBuilder) -> Result<(Server, String)> {
+    let server = furnished(builder.config("max_prepared_transactions", "10")).await?;
+    server.expect_log(" 01000 "); // The subscription is not connected, which its creation warns of.
+    server
+        .execute(
+            "postgres",
+            "create subscription nowhere connection 'dbname=nowhere' publication nothing
+               with (connect = false, slot_name = none, two_phase = true)",
+        )
+        .await?;
+    let gid: String = server
+        .value("postgres", "select format('pg_gid_%s_1', oid) from pg_subscription where subname = 'nowhere'")
+        .await?;
+    server.execute("postgres", &format!("begin; insert into empty values (1); prepare transaction '{gid}'")).await?;
+    Ok((server, gid))
 }
 
 /// The answer must be core's own refusal of a write, with our hint.

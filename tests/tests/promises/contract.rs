@@ -40,6 +40,8 @@ async fn no_other_database_can_make_a_down_database_forget() -> Result<()> {
         "alter database postgres reset all",
         "alter database postgres reset stillebot.state",
         "alter database postgres set stillebot.state = ''",
+        "alter database postgres reset default_transaction_read_only",
+        "alter database postgres set default_transaction_read_only = off",
         "alter role all in database postgres reset all",
         "alter role all in database postgres reset stillebot.state",
         "do $$ begin execute 'alter database postgres reset all'; end $$",
@@ -61,6 +63,31 @@ async fn no_other_database_can_make_a_down_database_forget() -> Result<()> {
     elsewhere.batch_execute("alter database template1 reset all").await?;
     server.restart().await?;
     ensure!(state(&server, "postgres").await? == "down");
+    server.finish().await
+}
+
+#[tokio::test]
+async fn who_and_why_are_kept_in_any_encoding() -> Result<()> {
+    let server = furnished(Server::builder("sikorsky")).await?;
+    server.execute("postgres", "create database latin encoding 'LATIN1' locale 'C' template template0").await?;
+    server
+        .execute("latin", "create extension stillebot; create role jürgen superuser login; create table t (i int)")
+        .await?;
+    let operator = server.superuser("latin").await?;
+    operator.batch_execute("set session authorization jürgen").await?;
+    operator.batch_execute("select stillebot_down('für alle')").await?;
+    for _ in 0..2 {
+        let who: String = server.value("latin", "select by_whom || ': ' || reason from stillebot_status()").await?;
+        ensure!(who == "jürgen: für alle", "{who}");
+        let session = server.superuser("latin").await?;
+        let answer = session.batch_execute("insert into t values (1)").await;
+        let report = assert_error(answer, &SqlState::READ_ONLY_SQL_TRANSACTION);
+        ensure!(
+            report.hint().is_some_and(|hint| hint.contains("by j?rgen") && hint.contains("f?r alle")),
+            "{report:?}"
+        );
+        server.restart().await?;
+    }
     server.finish().await
 }
 
@@ -153,9 +180,7 @@ async fn dropping_the_extension_is_refused_while_down_and_leaves_a_plain_databas
     let objects: i64 = server.value("postgres", "select count(*) from pg_proc where proname like 'stillebot%'").await?;
     ensure!(objects == 0);
     server.restart().await?;
-    server
-        .execute("postgres", "insert into t values (840, 'x'); create extension stillebot")
-        .await?;
+    server.execute("postgres", "insert into t values (840, 'x'); create extension stillebot").await?;
     server.execute("postgres", "select stillebot_down()").await?;
     server.finish().await
 }
@@ -180,9 +205,7 @@ async fn every_released_version_can_be_installed_and_updated() -> Result<()> {
     }
 
     // An update needs the database up, and carries the state of the extension over.
-    operator
-        .batch_execute("create extension stillebot version '0.1.0'")
-        .await?;
+    operator.batch_execute("create extension stillebot version '0.1.0'").await?;
     operator.batch_execute("select stillebot_down('the test says so')").await?;
     assert_refused(operator.batch_execute("alter extension stillebot update").await, "an update");
     operator.batch_execute("select stillebot_up()").await?;

@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Error, SimpleQueryMessage, error::SqlState};
 
 use crate::PATIENCE;
-use crate::answers::{assert_error, assert_refused, furnished, state, take_down};
+use crate::answers::{assert_error, assert_refused, furnished, furnished_with_two_phase, state, take_down};
 
 type Down = JoinHandle<Result<Vec<SimpleQueryMessage>, Error>>;
 
@@ -20,6 +20,14 @@ async fn begin_to_take_down(server: &Server, arguments: &str) -> Result<Down> {
     wait_until("the edge", PATIENCE, || async { Ok((state(server, "postgres").await? == "down").then_some(())) })
         .await?;
     Ok(down)
+}
+
+/// The LSN that stillebot_down() returned.
+fn edge(answer: &[SimpleQueryMessage]) -> Result<String> {
+    match answer {
+        [.., SimpleQueryMessage::Row(row), _] => Ok(row.get(0).unwrap_or_default().to_owned()),
+        other => bail!("{other:?}"),
+    }
 }
 
 /// Runs a statement that stands still in the middle, until [`Gatekeeper::open`].
@@ -85,13 +93,64 @@ async fn a_running_statement_without_an_xid_is_waited_for() -> Result<()> {
         ensure!(!down.is_finished());
         gate.open().await?;
         slow.await??;
-        let lsn = match &down.await??[..] {
-            [.., SimpleQueryMessage::Row(row), _] => row.get(0).unwrap_or_default().to_owned(),
-            other => bail!("{other:?}"),
-        };
+        let lsn = edge(&down.await??)?;
         assert_nothing_written_past(&server, &lsn).await?;
         let there: bool = server.value("postgres", &format!("select exists (select from t where id = {id})")).await?;
         ensure!(there == (id == 600), "what passed before the edge is there, what came after is not");
+        server.execute("postgres", "select stillebot_up()").await?;
+    }
+    server.finish().await
+}
+
+/// An INSERT asks core once whether it may write, when it starts. What nested statements are told later, in the middle of
+/// it, must not hide it from the drain.
+#[tokio::test]
+async fn a_statement_whose_nested_statements_meet_the_edge_is_waited_for() -> Result<()> {
+    let server = furnished(Server::builder("sikorsky")).await?;
+    server
+        .execute(
+            "postgres",
+            "create function two_gates() returns int language plpgsql as
+               $$ begin perform pg_advisory_lock_shared(1); perform pg_advisory_lock_shared(2); return 680; end $$",
+        )
+        .await?;
+    for (statement, written) in [
+        ("insert into t select two_gates(), 'x'", "exists (select from t where id = 680)"),
+        ("begin; insert into t select two_gates() + 1, 'x'; commit", "exists (select from t where id = 681)"),
+        // A block with an exception handler forgets at its end what it was told, and what follows is evaluated anew by nobody.
+        (
+            "do $$ declare x oid; begin
+               for i in 1..2 loop
+                 x := case when i = 2 then lo_create(682) end;
+                 if i = 1 then
+                   begin perform two_gates(); exception when division_by_zero then null; end;
+                 end if;
+               end loop;
+             end $$",
+            "exists (select from pg_largeobject_metadata where oid = 682)",
+        ),
+    ] {
+        let second = server.superuser("postgres").await?;
+        second.execute("select pg_advisory_lock(2)", &[]).await?;
+        let first = Gatekeeper::new(&server).await?;
+        let slow = Gatekeeper::start(&server, statement).await?;
+        let down = begin_to_take_down(&server, "").await?;
+        first.open().await?;
+        wait_until("the second gate", PATIENCE, || async {
+            let waits = "select count(*) > 0 from pg_locks where locktype = 'advisory' and not granted and objid = 2";
+            Ok(server.value::<bool>("postgres", waits).await?.then_some(()))
+        })
+        .await?;
+        let writers: i32 = server.value("postgres", "select writers from stillebot_status()").await?;
+        ensure!(writers == 1 && !down.is_finished(), "{statement} was lost sight of");
+        second.execute("select pg_advisory_unlock(2)", &[]).await?;
+        slow.await??;
+        let lsn = edge(&down.await??)?;
+        assert_nothing_written_past(&server, &lsn).await?;
+        ensure!(
+            server.value::<bool>("postgres", &format!("select {written}")).await?,
+            "it passed before the edge: {statement}"
+        );
         server.execute("postgres", "select stillebot_up()").await?;
     }
     server.finish().await
@@ -155,9 +214,25 @@ async fn readers_are_not_waited_for() -> Result<()> {
     // As pg_dump does, and reports that declare what they are: they could not write before the edge either.
     let gate = Gatekeeper::new(&server).await?;
     let report = Gatekeeper::start(&server, "begin read only; select pg_advisory_lock_shared(1)").await?;
+    // An error that a savepoint caught leaves nothing behind that counts as writing.
+    server.expect_log(" 42P07 ");
+    let forgiven = server.connect("guest", "postgres").await?;
+    forgiven.batch_execute("begin").await?;
+    forgiven.batch_execute("savepoint a").await?;
+    assert_error(forgiven.batch_execute("create table t (i int)").await, &SqlState::DUPLICATE_TABLE);
+    forgiven.batch_execute("rollback to a").await?;
+    forgiven.batch_execute("commit").await?;
+    let forgiven =
+        tokio::spawn(async move { forgiven.batch_execute("begin read only; select pg_advisory_lock_shared(1)").await });
+    wait_until("the second report to wait", PATIENCE, || async {
+        let waits = "select count(*) = 2 from pg_locks where locktype = 'advisory' and not granted";
+        Ok(server.value::<bool>("postgres", waits).await?.then_some(()))
+    })
+    .await?;
     take_down(&server).await?;
     gate.open().await?;
     report.await??;
+    forgiven.await??;
     server.finish().await
 }
 
@@ -221,7 +296,16 @@ async fn terminate_ends_the_sessions_in_the_way_and_nothing_of_them_is_committed
 async fn down_under_fire_loses_no_acknowledged_commit_and_keeps_no_other() -> Result<()> {
     let server = furnished(Server::builder("sikorsky")).await?;
     server.expect_log(" 57P01 ");
-    for round in 0..30 {
+    // What a trigger looks up meets the hooks in the middle of an INSERT that has passed them.
+    server
+        .execute(
+            "postgres",
+            "create function look_up() returns trigger language plpgsql as
+               $$ begin perform 1 from public.empty limit 1; perform 1 from public.t limit 1; return new; end $$;
+             create trigger look_up before insert on t for each row execute function look_up()",
+        )
+        .await?;
+    for round in 0..60 {
         let terminate = round % 2 == 1;
         let mut writers = Vec::new();
         for writer in 0..6 {
@@ -269,7 +353,7 @@ async fn down_under_fire_loses_no_acknowledged_commit_and_keeps_no_other() -> Re
 
 #[tokio::test]
 async fn a_prepared_transaction_is_in_the_way_and_terminate_does_not_break_its_promise() -> Result<()> {
-    let server = furnished(Server::builder("sikorsky")).await?;
+    let (server, gid) = furnished_with_two_phase(Server::builder("sikorsky")).await?;
     server.expect_log(" 55006 ");
     server
         .execute("postgres", "begin; insert into t values (640, 'promised'); prepare transaction 'of a coordinator'")
@@ -279,9 +363,17 @@ async fn a_prepared_transaction_is_in_the_way_and_terminate_does_not_break_its_p
         let answer = operator.batch_execute(&format!("select stillebot_down('x', '50 ms', {terminate})")).await;
         let report = assert_error(answer, &SqlState::OBJECT_IN_USE);
         ensure!(report.detail().is_some_and(|detail| detail.contains("'of a coordinator'")));
+        ensure!(report.detail().is_some_and(|detail| !detail.contains(&gid)), "replication's own is not in the way");
         ensure!(state(&server, "postgres").await? == "up");
     }
     server.execute("postgres", "commit prepared 'of a coordinator'").await?;
+
+    // A name like replication's does not make it replication's.
+    server.execute("postgres", "begin; insert into t values (641, 'x'); prepare transaction 'pg_gid_1_1'").await?;
+    let operator = server.superuser("postgres").await?;
+    let answer = operator.batch_execute("select stillebot_down('x', '50 ms')").await;
+    assert_error(answer, &SqlState::OBJECT_IN_USE);
+    server.execute("postgres", "rollback prepared 'pg_gid_1_1'").await?;
     take_down(&server).await?;
     server.finish().await
 }
@@ -341,6 +433,30 @@ async fn two_callers_at_once_get_one_answer_each() -> Result<()> {
     let reason: String = server.value("postgres", "select reason from stillebot_status()").await?;
     ensure!(reason == "the test says so", "down already: the second changes nothing");
 
+    // Neither takes the other, which waits, for somebody who could write.
+    server.execute("postgres", "select stillebot_up()").await?;
+    let blocker = server.superuser("postgres").await?;
+    blocker.batch_execute("begin; comment on extension stillebot is 'in the way of both'").await?;
+    let mut callers = Vec::new();
+    for _ in 0..3 {
+        let caller = server.superuser("postgres").await?;
+        callers.push(tokio::spawn(async move {
+            caller.batch_execute("select stillebot_down('x', '20 s')").await.map(|()| std::time::Instant::now())
+        }));
+    }
+    wait_until("all to wait", PATIENCE, || async {
+        let waiting =
+            "select count(*) = 3 from pg_stat_activity where query like 'select stillebot_down%' and state = 'active'";
+        Ok(server.value::<bool>("postgres", waiting).await?.then_some(()))
+    })
+    .await?;
+    let released = std::time::Instant::now();
+    blocker.batch_execute("rollback").await?;
+    for caller in callers {
+        let answered = caller.await??;
+        ensure!(answered - released < Duration::from_secs(10), "the callers waited for each other");
+    }
+
     // An up while a down drains waits for it, and then opens.
     server.execute("postgres", "select stillebot_up()").await?;
     writer.batch_execute("begin; insert into t values (661, 'x')").await?;
@@ -392,6 +508,9 @@ async fn in_a_transaction_block_or_a_writing_statement_the_verbs_are_refused() -
     }
     // Behind a down in the same statement or function nothing can be written either.
     server.expect_log(" 25006 ");
+    let answer = operator.batch_execute("select stillebot_down('the test says so'), lo_create(777)").await;
+    assert_refused(answer, "a large object in the same statement");
+    server.expect_log(" 25006 ");
     let answer = operator
         .batch_execute("do $$ begin perform stillebot_down('the test says so'); insert into t values (673, ''); end $$")
         .await;
@@ -399,6 +518,50 @@ async fn in_a_transaction_block_or_a_writing_statement_the_verbs_are_refused() -
     ensure!(state(&server, "postgres").await? == "up", "and the block, down included, is undone");
     let rows: i64 = server.value("postgres", "select count(*) from t").await?;
     ensure!(rows == 1);
+    server.finish().await
+}
+
+#[tokio::test]
+async fn a_down_that_waits_behind_drop_extension_fails_and_the_database_is_up() -> Result<()> {
+    let server = furnished(Server::builder("sikorsky")).await?;
+    server.expect_log(" 42704 ");
+    for verb in ["stillebot_down()", "stillebot_up()"] {
+        let dropper = server.superuser("postgres").await?;
+        dropper.batch_execute("begin; drop extension stillebot").await?;
+        let operator = server.superuser("postgres").await?;
+        let call = format!("select {verb}");
+        let waiting = tokio::spawn(async move { operator.batch_execute(&call).await });
+        wait_until("the call to wait", PATIENCE, || async {
+            let waits =
+                format!("select count(*) > 0 from pg_stat_activity where query = 'select {verb}' and state = 'active'");
+            Ok(server.value::<bool>("postgres", &waits).await?.then_some(()))
+        })
+        .await?;
+        dropper.batch_execute("commit").await?;
+        assert_error(waiting.await?, &SqlState::UNDEFINED_OBJECT);
+        server.execute("postgres", "create extension stillebot; insert into empty values (1)").await?;
+    }
+    server.finish().await
+}
+
+/// A transaction that was told no while a down was tried, and that failed, is told why it still is.
+#[tokio::test]
+async fn a_transaction_made_read_only_by_a_failed_down_is_told_so() -> Result<()> {
+    let server = furnished(Server::builder("sikorsky")).await?;
+    server.expect_log(" 55006 ");
+    let writer = server.connect("guest", "postgres").await?;
+    writer.batch_execute("begin; insert into t values (690, 'x')").await?;
+    let other = server.connect("guest", "postgres").await?;
+    other.batch_execute("begin; select 1").await?;
+    let down = begin_to_take_down(&server, ", '500 ms'").await?;
+    other.batch_execute("select 1").await?;
+    assert_error(down.await?, &SqlState::OBJECT_IN_USE);
+    let answer = other.batch_execute("insert into t values (691, 'x')").await;
+    let report = assert_error(answer, &SqlState::READ_ONLY_SQL_TRANSACTION);
+    ensure!(report.hint().is_some_and(|hint| hint.contains("Begin a new one")), "{report:?}");
+    other.batch_execute("rollback").await?;
+    other.batch_execute("insert into t values (691, 'x')").await?;
+    writer.batch_execute("commit").await?;
     server.finish().await
 }
 
