@@ -936,7 +936,8 @@ mod tests {
             let (stuck, through) = std::mem::take(&mut self.late).into_iter().partition(|(n, _)| cut.contains(n));
             self.late = stuck;
             self.come_through(through);
-            if self.servers.iter().all(|s| s.note.is_none()) {
+            // A request that is stuck still belongs to the hop that sent it, and so does what was writable before that one.
+            if self.late.is_empty() && self.servers.iter().all(|s| s.note.is_none()) {
                 self.before = (0..self.servers.len()).filter(|i| self.servers[*i].up).collect();
             }
             let nodes: Vec<(String, Seen)> = (0..self.servers.len())

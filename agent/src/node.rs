@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use openssl::pkey::PKey;
 use openssl::ssl::{SslConnector, SslMethod, SslVerifyMode};
+use openssl::x509::store::X509StoreBuilder;
 use postgres_openssl::MakeTlsConnector;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
@@ -435,6 +436,9 @@ fn tls(config: &Config, mode: TlsMode) -> Result<MakeTlsConnector, Failure> {
     let mut builder = SslConnector::builder(SslMethod::tls_client()).map_err(|error| flaw(format!("tls: {error}")))?;
     if let Some(root) = &config.tls.root {
         readable("tls.root", root)?;
+        // As libpq's sslrootcert: in the place of the system's authorities, not beside them.
+        let store = X509StoreBuilder::new().map_err(|error| flaw(format!("tls: {error}")))?;
+        builder.set_cert_store(store.build());
         builder
             .set_ca_file(root)
             .map_err(|_| flaw(format!("tls.root: {} holds no PEM certificate", root.display())))?;

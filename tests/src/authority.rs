@@ -1,6 +1,10 @@
 //! A throw-away certificate authority: what servers and clients of a test prove themselves with.
 
-use std::{net::IpAddr, sync::LazyLock};
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{LazyLock, Mutex, PoisonError},
+};
 
 use anyhow::{Context, Result};
 use openssl::{
@@ -25,6 +29,8 @@ const VALIDITY: u32 = 30;
 pub struct Authority {
     certificate: X509,
     key: PKey<Private>,
+    /// By role. Making one reads all certificates that the system trusts, which costs more than a connection.
+    connectors: Mutex<HashMap<String, MakeTlsConnector>>,
 }
 
 /// A certificate and its key.
@@ -61,7 +67,7 @@ impl Authority {
         let issuer = builder_subject("stillebot test authority")?;
         builder.set_issuer_name(issuer.as_ref())?;
         builder.sign(&key, MessageDigest::sha256())?;
-        Ok(Self { certificate: builder.build(), key })
+        Ok(Self { certificate: builder.build(), key, connectors: Mutex::default() })
     }
 
     /// The root certificate as PEM, for `sslrootcert`.
@@ -94,13 +100,19 @@ impl Authority {
 
     /// What tokio-postgres needs to connect as this role and to verify the server in full.
     pub fn connector(&self, role: &str) -> Result<MakeTlsConnector> {
+        let mut connectors = self.connectors.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connector) = connectors.get(role) {
+            return Ok(connector.clone());
+        }
         let identity = self.client(role)?;
         let mut builder = SslConnector::builder(SslMethod::tls_client())?;
         builder.cert_store_mut().add_cert(self.certificate.clone())?;
         builder.set_certificate(&identity.certificate)?;
         builder.set_private_key(&identity.key)?;
         builder.check_private_key()?;
-        Ok(MakeTlsConnector::new(builder.build()))
+        let connector = MakeTlsConnector::new(builder.build());
+        connectors.insert(role.to_owned(), connector.clone());
+        Ok(connector)
     }
 
     fn issue(&self, common_name: &str, extend: impl FnOnce(&mut X509Builder) -> Result<()>) -> Result<Identity> {

@@ -7,9 +7,11 @@ use std::{
     fs,
     path::PathBuf,
     process::Stdio,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use tokio::process::Command;
 
 use crate::{
@@ -51,6 +53,7 @@ pub struct Cluster {
 pub struct ClusterBuilder {
     size: usize,
     extension: bool,
+    direct: bool,
     lasting: bool,
     settings: Vec<(String, String)>,
 }
@@ -66,7 +69,23 @@ pub struct AgentOutput {
     pub stderr: String,
 }
 
+/// A hop that the agent made.
+#[derive(Debug, Clone)]
+pub struct Hopped {
+    /// How long no node took writes, by the servers' clocks.
+    pub write_gap: Duration,
+    /// When the agent was started.
+    pub began: Instant,
+    /// When it had ended.
+    pub ended: Instant,
+}
+
 impl AgentOutput {
+    /// What it printed with `--json`.
+    pub fn json(&self) -> Result<Value> {
+        serde_json::from_str(&self.stdout).with_context(|| format!("not one JSON document: {self:#?}"))
+    }
+
     /// The same, or an error that shows all of it unless the exit code is this one.
     pub fn expect_code(self, code: i32) -> Result<Self> {
         ensure!(self.code == Some(code), "the agent's exit code is not {code}: {self:#?}");
@@ -88,10 +107,16 @@ impl ClusterBuilder {
         self
     }
 
+    /// No proxies: links cannot be cut, and cost nothing where time is measured.
+    pub fn direct(mut self) -> Self {
+        self.direct = true;
+        self
+    }
+
     /// No proxies, and servers that can outlive this process; see [`Cluster::leave_running`].
     pub fn lasting(mut self) -> Self {
         self.lasting = true;
-        self
+        self.direct()
     }
 
     /// A line of every node's postgresql.conf.
@@ -121,7 +146,7 @@ impl ClusterBuilder {
             expected,
             directory: Scratch::new("cluster")?,
         };
-        if !self.lasting {
+        if !self.direct {
             cluster.open_links().await?;
         }
         cluster.subscribe().await?;
@@ -174,7 +199,7 @@ impl ClusterBuilder {
 impl Cluster {
     /// A cluster, to be described further.
     pub fn builder() -> ClusterBuilder {
-        ClusterBuilder { size: 2, extension: true, lasting: false, settings: Vec::new() }
+        ClusterBuilder { size: 2, extension: true, direct: false, lasting: false, settings: Vec::new() }
     }
 
     /// Two nodes with the extension.
@@ -203,7 +228,7 @@ impl Cluster {
         self.links.get(&key).unwrap_or_else(|| panic!("no link from {publisher} to {subscriber}"))
     }
 
-    /// What the agent's connection to a node goes through. Panics in a lasting cluster, which has none.
+    /// What the agent's connection to a node goes through. Panics in a direct cluster, which has none.
     pub fn agent_link(&self, node: &str) -> &Proxy {
         &self.agent_links[self.index(node)]
     }
@@ -346,6 +371,18 @@ impl Cluster {
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         })
+    }
+
+    /// Has the agent hop to a node. An error shows all that it said.
+    pub async fn hop(&self, target: &str) -> Result<Hopped> {
+        let began = Instant::now();
+        let output = self.agent(&["hop", target, "--json"]).await?.expect_code(0)?;
+        let ended = Instant::now();
+        let report = output.json()?;
+        let number = |key: &str| report[key].as_f64().with_context(|| format!("no {key}: {output:#?}"));
+        let (gap, uncertainty) = (number("write_gap_ms")?, number("write_gap_uncertainty_ms")?);
+        ensure!(gap >= -uncertainty, "{target} was opened before the other node was closed: {output:#?}");
+        Ok(Hopped { write_gap: Duration::from_secs_f64(gap.max(0.0) / 1000.0), began, ended })
     }
 
     fn write_agent_configuration(&self) -> Result<()> {

@@ -8,6 +8,7 @@
 //! - [`Proxy`]: a TCP link that can be cut, frozen and healed.
 //! - [`Authority`]: a throw-away certificate authority. [`Endpoint`]: the only place that opens connections.
 //! - [`wait_until`]: waiting for a condition, never for a guess.
+//! - [`figures`]: numbers out of many measurements.
 //! - [`log_check`]: what a server log may not contain.
 //! - [`Installation`]: which PostgreSQL is under test; `process` starts its programs so that they do not outlive us;
 //!   `scratch` hands out directories and ports and takes them back.
@@ -19,6 +20,7 @@
 pub mod authority;
 pub mod cluster;
 pub mod endpoint;
+pub mod figures;
 pub mod log_check;
 pub mod postgres;
 mod process;
@@ -29,7 +31,7 @@ pub mod wait;
 pub mod workload;
 
 pub use authority::Authority;
-pub use cluster::{AgentOutput, Cluster, ClusterBuilder};
+pub use cluster::{AgentOutput, Cluster, ClusterBuilder, Hopped};
 pub use endpoint::{Endpoint, Listener};
 pub use postgres::Installation;
 pub use proxy::Proxy;

@@ -87,7 +87,8 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if self.0.is_some() && keep_requested() {
+        let undecided = self.0.as_ref().is_some_and(|directory| !directory.path().join(KEEP_MARK).exists());
+        if undecided && keep_requested() {
             self.keep();
             eprintln!("kept {}", self.path().display());
         }

@@ -453,9 +453,9 @@ async fn keep(link: Arc<Link>, node: Endpoint) {
     loop {
         if let Ok(listener) = node.listen("rosuav", DATABASE, "stillebot").await {
             let _ = attend(&link, listener).await;
-            link.hear(false);
-            *link.session.lock().await = None;
         }
+        link.hear(false);
+        *link.session.lock().await = None;
         sleep(RETRY).await;
     }
 }
@@ -571,6 +571,7 @@ impl Bot {
         let run = RUN.fetch_add(1, Ordering::Relaxed);
         let mut random = [0; 2];
         openssl::rand::rand_bytes(&mut random).expect("randomness");
+        self.ask_own_node().await;
         let mut outcomes = Vec::new();
         for sequence in 0_u64.. {
             if self.stopped.borrow().is_some() {
@@ -596,6 +597,17 @@ impl Bot {
             }
         }
         outcomes
+    }
+
+    /// The node it prefers has the first word: without this, whichever connects faster would get all clients.
+    async fn ask_own_node(&self) {
+        let own = &self.links[self.number % self.links.len()];
+        let answer = async {
+            while own.state().news == 0 {
+                self.changed.notified().await;
+            }
+        };
+        let _ = timeout(PATIENCE_WITH_A_SERVER, answer).await;
     }
 
     /// Stays with a write until it is saved, or hopeless, or the time is up.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio_postgres::types::PgLsn;
 
-use super::{Context, Reply, unreachable};
+use super::{Context, IN_THE_WAY, Reply, unreachable};
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts::{self, State};
 use crate::failure::{Failure, Kind};
@@ -33,6 +33,10 @@ pub async fn run(context: &Context, wish: &Wish<'_>, dry_run: bool) -> Result<Re
     let (mut crew, errors) = Crew::muster(&context.config, &context.connector, &[node]).await;
     if let Some(failure) = unreachable(&errors) {
         return Err(failure);
+    }
+    let facts = facts::gather(crew.session(name)?, &context.config, LOOK_BOUND).await?;
+    if let Some(flaw) = facts.extension.flaw() {
+        return Err(Failure::new(Kind::Undone, format!("{name}: {flaw}")));
     }
     if dry_run {
         let state = facts::state(crew.session(name)?, LOOK_BOUND).await?;
@@ -71,20 +75,23 @@ pub async fn run(context: &Context, wish: &Wish<'_>, dry_run: bool) -> Result<Re
         Ok(Ok(row)) => {
             let lsn: PgLsn = row.get("lsn");
             let state = facts::state(crew.session(name)?, LOOK_BOUND).await.ok();
-            let text = if before.is_up() {
+            // A node that its own restart has closed is now down by the operator's word.
+            let changed = before.is_up() || before.rejoin;
+            let text = if changed {
                 format!("{name} is down; every write before is in its WAL up to {lsn}")
             } else {
                 format!("{name} is down already{}", since(&before))
             };
-            let json = json!({"command": "down", "outcome": "done", "node": name, "changed": before.is_up(),
+            let json = json!({"command": "down", "outcome": "done", "node": name, "changed": changed,
                 "lsn": lsn.to_string(), "state": state});
             return Ok(Reply::done(text, json));
         }
         Ok(Err(error)) if error.trouble == Trouble::Refused => {
             let mut failure = Failure::from(error);
             failure.message = format!("{}; it is as it was before", failure.message);
-            if failure.hint.is_none() {
-                failure.hint = Some("wait for those sessions, or use --terminate to end them".into());
+            if failure.detail.is_some() {
+                // The server's own hint is for those who type SQL.
+                failure.hint = Some(IN_THE_WAY.into());
             }
             return Err(failure);
         }

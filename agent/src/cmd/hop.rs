@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio_postgres::types::PgLsn;
 
-use super::{Context, Reply, UP_BOUND, WRITE_BOUND, open, print, whoami, write_active};
+use super::{Context, IN_THE_WAY, Reply, UP_BOUND, WRITE_BOUND, open, print, whoami, write_active};
 use crate::cli::Hop as Options;
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts::{self, Facts, State};
@@ -57,6 +57,8 @@ struct Run<'a> {
     clocks: BTreeMap<String, Clock>,
     /// Slot of the target's subscription on each source.
     slots: BTreeMap<String, String>,
+    /// Whose transactions kept a node from closing.
+    in_the_way: Vec<String>,
     /// When each node was closed or opened, by its own clock, in microseconds.
     edges: BTreeMap<String, Option<i64>>,
     began: Instant,
@@ -87,6 +89,7 @@ pub async fn run(context: &Context, options: &Options) -> Result<Reply, Failure>
         holding: false,
         clocks: BTreeMap::new(),
         slots: BTreeMap::new(),
+        in_the_way: Vec::new(),
         edges: BTreeMap::new(),
         began,
     };
@@ -352,19 +355,21 @@ impl Run<'_> {
             Ok(reply) => return Ok(reply),
             Err(why) => why,
         };
-        // What follows the first line is the server's detail.
-        let (why, detail) = why.split_once('\n').map_or((why.as_str(), None), |(why, detail)| (why, Some(detail)));
         let mut failure = if hop.stage() == Stage::Undo {
             pause(self.options, "undo", false);
-            let failure = self.undo(&mut hop, why).await;
+            let failure = self.undo(&mut hop, &why).await;
             pause(self.options, "undo", true);
             failure
         } else {
-            self.for_a_person(&hop, why)
+            self.for_a_person(&hop, &why)
         };
-        if let Some(detail) = detail {
-            failure.detail = Some(failure.detail.map_or_else(|| detail.to_owned(), |more| format!("{detail}\n{more}")));
-            failure.hint.get_or_insert_with(|| "wait for those sessions, or use --terminate to end them".into());
+        if !self.in_the_way.is_empty() {
+            let mut detail = self.in_the_way.join("\n");
+            if let Some(more) = &failure.detail {
+                detail = format!("{detail}\n{more}");
+            }
+            failure = failure.detail(detail);
+            failure.hint.get_or_insert_with(|| IN_THE_WAY.into());
         }
         Err(self.with_steps(failure))
     }
@@ -532,8 +537,8 @@ impl Run<'_> {
                     Effect::Done
                 }
                 Some(Err(error)) => {
-                    let detail = error.detail.as_ref().map(|detail| format!("\n{detail}")).unwrap_or_default();
-                    flaws.push(format!("{error}{detail}"));
+                    flaws.push(error.to_string());
+                    self.in_the_way.extend(error.detail.clone());
                     if error.trouble == Trouble::Refused { Effect::Not } else { Effect::Unsure }
                 }
                 None => Effect::Unsure,
@@ -753,7 +758,9 @@ impl Run<'_> {
         self.release();
         self.began = Instant::now();
         if hop.left_closed().is_empty() {
-            return Failure::new(Kind::Undone, format!("{why}; nothing was changed"));
+            let outcome =
+                if self.in_the_way.is_empty() { "nothing was changed" } else { "all nodes are as they were before" };
+            return Failure::new(Kind::Undone, format!("{why}; {outcome}"));
         }
         let target = self.crew.learn(&plan.target, Duration::from_secs(2)).await.ok();
         hop.rechecked(target.and_then(|state| state.seen().ok()).as_ref());

@@ -24,6 +24,8 @@ pub mod up;
 
 /// How long opening a database may take: it is one commit.
 pub const UP_BOUND: Duration = Duration::from_secs(10);
+/// What to do about transactions that keep a node from going down; the server's own hint is for those who type SQL.
+pub const IN_THE_WAY: &str = "wait for them, or end them with --terminate";
 /// How long a small write may take.
 pub const WRITE_BOUND: Duration = Duration::from_secs(5);
 

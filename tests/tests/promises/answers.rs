@@ -3,8 +3,10 @@
 use std::fmt::Debug;
 
 use anyhow::Result;
-use stillebot_tests::{Server, ServerBuilder};
+use stillebot_tests::{Server, ServerBuilder, wait_until};
 use tokio_postgres::{Error, error::SqlState};
+
+use crate::PATIENCE;
 
 /// A server whose database `postgres` has the extension, an owner, a guest with every privilege on the tables, and things to
 /// write to.
@@ -92,4 +94,11 @@ pub async fn take_down(server: &Server) -> Result<()> {
 /// `up`, or `down` from the first refused write on.
 pub async fn state(server: &Server, database: &str) -> Result<String> {
     server.value(database, "select state from stillebot_status()").await
+}
+
+/// Waits until the database `postgres` is up again, after a call that failed: PostgreSQL reports an error first and rolls
+/// back then.
+pub async fn up_again(server: &Server) -> Result<()> {
+    wait_until("the way back", PATIENCE, || async { Ok((state(server, "postgres").await? == "up").then_some(())) })
+        .await
 }

@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
+mod agent;
 mod answers;
 mod contract;
 mod down;
 mod harness;
+mod hop;
 mod lasting;
 mod proven;
+mod replication;
+mod runs;
 
 /// How long to wait for what should happen at once: long, because a loaded machine is not a failure.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Error, SimpleQueryMessage, error::SqlState};
 
 use crate::PATIENCE;
-use crate::answers::{assert_error, assert_refused, furnished, furnished_with_two_phase, state, take_down};
+use crate::answers::{assert_error, assert_refused, furnished, furnished_with_two_phase, state, take_down, up_again};
 
 type Down = JoinHandle<Result<Vec<SimpleQueryMessage>, Error>>;
 
@@ -255,7 +255,7 @@ async fn at_the_timeout_the_sessions_in_the_way_are_named_and_the_database_is_up
     ensure!(!detail.contains("secret"), "what they run may be a secret");
     ensure!(report.hint().is_some_and(|hint| hint.contains("terminate => true")));
 
-    ensure!(state(&server, "postgres").await? == "up");
+    up_again(&server).await?;
     writer.batch_execute("insert into t values (621, 'goes on'); commit").await?;
     operator.batch_execute("insert into t values (622, 'and so do others'); notify readonly, 'end of test'").await?;
     let heard = bot.notifications.recv().await.map(|heard| heard.payload().to_owned());
@@ -364,7 +364,7 @@ async fn a_prepared_transaction_is_in_the_way_and_terminate_does_not_break_its_p
         let report = assert_error(answer, &SqlState::OBJECT_IN_USE);
         ensure!(report.detail().is_some_and(|detail| detail.contains("'of a coordinator'")));
         ensure!(report.detail().is_some_and(|detail| !detail.contains(&gid)), "replication's own is not in the way");
-        ensure!(state(&server, "postgres").await? == "up");
+        up_again(&server).await?;
     }
     server.execute("postgres", "commit prepared 'of a coordinator'").await?;
 
@@ -393,12 +393,12 @@ async fn cancelling_or_losing_the_call_leaves_the_database_up() -> Result<()> {
         .await?;
     token.cancel_query(tokio_postgres::NoTls).await?;
     assert_error(down.await?, &SqlState::QUERY_CANCELED);
-    ensure!(state(&server, "postgres").await? == "up");
+    up_again(&server).await?;
 
     let operator = server.superuser("postgres").await?;
     operator.batch_execute("set statement_timeout = '100 ms'").await?;
     assert_error(operator.batch_execute("select stillebot_down()").await, &SqlState::QUERY_CANCELED);
-    ensure!(state(&server, "postgres").await? == "up");
+    up_again(&server).await?;
 
     let down = begin_to_take_down(&server, "").await?;
     server
@@ -408,8 +408,7 @@ async fn cancelling_or_losing_the_call_leaves_the_database_up() -> Result<()> {
         )
         .await?;
     ensure!(down.await?.is_err());
-    wait_until("the way back", PATIENCE, || async { Ok((state(&server, "postgres").await? == "up").then_some(())) })
-        .await?;
+    up_again(&server).await?;
     writer.batch_execute("insert into t values (651, 'x'); commit").await?;
     server.finish().await
 }
@@ -515,7 +514,7 @@ async fn in_a_transaction_block_or_a_writing_statement_the_verbs_are_refused() -
         .batch_execute("do $$ begin perform stillebot_down('the test says so'); insert into t values (673, ''); end $$")
         .await;
     assert_refused(answer, "an insert behind down in one block");
-    ensure!(state(&server, "postgres").await? == "up", "and the block, down included, is undone");
+    up_again(&server).await?; // The block, down included, is undone.
     let rows: i64 = server.value("postgres", "select count(*) from t").await?;
     ensure!(rows == 1);
     server.finish().await
@@ -556,6 +555,7 @@ async fn a_transaction_made_read_only_by_a_failed_down_is_told_so() -> Result<()
     let down = begin_to_take_down(&server, ", '500 ms'").await?;
     other.batch_execute("select 1").await?;
     assert_error(down.await?, &SqlState::OBJECT_IN_USE);
+    up_again(&server).await?;
     let answer = other.batch_execute("insert into t values (691, 'x')").await;
     let report = assert_error(answer, &SqlState::READ_ONLY_SQL_TRANSACTION);
     ensure!(report.hint().is_some_and(|hint| hint.contains("Begin a new one")), "{report:?}");
