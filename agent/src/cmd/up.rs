@@ -12,6 +12,10 @@ use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts::{self, Facts, State};
 use crate::failure::{Failure, Kind};
 use crate::node::Trouble;
+use crate::stop::Limits;
+
+/// How long replication that does not flow may take to come back.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs it.
 pub async fn run(context: &Context, name: &str, force: bool, dry_run: bool) -> Result<Reply, Failure> {
@@ -69,20 +73,33 @@ pub async fn run(context: &Context, name: &str, force: bool, dry_run: bool) -> R
                 .hint(format!("finish it with `hop {to} --resume` or undo it with `hop {to} --abort`")));
         }
         if !others_up.is_empty() && before.as_ref().is_some_and(|state| !state.is_up()) {
-            let broken: Vec<String> = facts::directions(&context.config, &facts)
-                .into_iter()
-                .filter(|d| {
-                    (d.from == name && others_up.contains(&d.to)) || (d.to == name && others_up.contains(&d.from))
-                })
-                .filter_map(|d| d.trouble)
-                .collect();
-            if !broken.is_empty() {
-                return Err(Failure::new(
-                    Kind::Undone,
-                    format!("{} is writable and replication does not flow: {name} was not opened", others_up.join(", ")),
-                )
-                .detail(broken.join("\n"))
-                .hint("mend replication first: two writable nodes that do not replicate drift apart; --force does it anyhow"));
+            // Replication that has just been interrupted (a server restarted, a link came back) gets a moment to come back.
+            let limits = Limits::new(if dry_run { Duration::ZERO } else { PATIENCE }, &context.signals);
+            loop {
+                let broken: Vec<String> = facts::directions(&context.config, &facts)
+                    .into_iter()
+                    .filter(|d| {
+                        (d.from == name && others_up.contains(&d.to)) || (d.to == name && others_up.contains(&d.from))
+                    })
+                    .filter_map(|d| d.trouble)
+                    .collect();
+                if broken.is_empty() {
+                    break;
+                }
+                if limits.run(tokio::time::sleep(Duration::from_millis(100))).await.is_err() {
+                    return Err(Failure::new(
+                        Kind::Undone,
+                        format!("{} is writable and replication does not flow: {name} was not opened", others_up.join(", ")),
+                    )
+                    .detail(broken.join("\n"))
+                    .hint("mend replication first: two writable nodes that do not replicate drift apart; --force does it anyhow"));
+                }
+                for other in crew.names() {
+                    facts.insert(
+                        other.clone(),
+                        facts::gather(crew.session(&other)?, &context.config, LOOK_BOUND).await?,
+                    );
+                }
             }
         }
     }
