@@ -5,8 +5,7 @@ use std::ptr::null_mut;
 
 use pgrx::pg_sys;
 
-use crate::compat::{self, DB_ROLE_SETTING, DB_ROLE_SETTING_PKEY};
-use crate::guc::c_string;
+use crate::compat::{self, DB_ROLE_SETTING, DB_ROLE_SETTING_PKEY, c_string};
 
 pub const STATE: &CStr = c"stillebot.state";
 pub const READ_ONLY: &CStr = c"default_transaction_read_only";

@@ -286,6 +286,11 @@ pub fn from_server_encoding(bytes: &[u8]) -> String {
     }
 }
 
+/// A C string of Rust text, which in PostgreSQL never holds a NUL byte.
+pub fn c_string(text: &str) -> std::ffi::CString {
+    std::ffi::CString::new(text.replace('\0', "")).expect("NUL bytes are gone")
+}
+
 /// Writes a marker into the WAL and returns the position after it.
 pub fn log_marker() -> u64 {
     // SAFETY: both strings outlive the call. It may raise: only called from guarded functions.

@@ -1,6 +1,6 @@
 //! The settings. Everyone else reads them through the functions here.
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -127,9 +127,4 @@ unsafe extern "C-unwind" fn assign_state(value: *const c_char, _extra: *mut c_vo
             pg_sys::DefaultXactReadOnly = true;
         }
     }
-}
-
-/// A C string of Rust text, which in PostgreSQL never holds a NUL byte.
-pub fn c_string(text: &str) -> CString {
-    CString::new(text.replace('\0', "")).expect("NUL bytes are gone")
 }

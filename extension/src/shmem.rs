@@ -171,7 +171,8 @@ impl Database {
         Gate::from(self.gate.load(Ordering::Relaxed))
     }
 
-    /// Sets gate and text as one. Callers that change a known state hold the extension's lock; the only other writer is
+    /// Sets gate and text as one, and makes sure, as [`Database::move_gate`], that whoever starts a statement from now on
+    /// sees the gate. Callers that change a known state hold the extension's lock; the only other writer is
     /// [`Database::publish`].
     pub fn set(&self, gate: Gate, text: &str) {
         self.write(|| Some((gate, text)));
@@ -246,7 +247,7 @@ impl Backend {
     /// Notes what this backend's transaction is about to run, and orders that before the next look at the gate. Returns
     /// whether it is the first note of this transaction.
     ///
-    /// The fence pairs with the one in [`Database::move_gate`]: either this backend sees the gate closed, or whoever
+    /// The fence pairs with the ones in [`Database::set`] and [`Database::move_gate`]: either this backend sees the gate closed, or whoever
     /// closed it sees this mark (and the activity report made before it).
     #[inline]
     pub fn note(&self, local_xid: u32, effect: Effect) -> bool {

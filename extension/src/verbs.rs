@@ -45,7 +45,7 @@ fn multihome_up(sole: Option<bool>) {
 
 #[pg_extern(sql = false)]
 fn multihome_set_hop(hop: Option<JsonB>) {
-    let call = Call::begin("multihome.set_hop()");
+    let call = Call::begin("multihome.set_hop()", None);
     let before = call.state();
     if before.state == Mode::Up {
         fail(
@@ -63,15 +63,11 @@ fn multihome_set_hop(hop: Option<JsonB>) {
 fn multihome_state() -> Option<pgrx::datum::AnyElement> {
     let database = require_slot();
     let text = database.text().unwrap_or_default();
-    let mut state = match database.gate() {
+    let state = match database.gate() {
         // Nobody has looked since the start, which the very statement that calls us does unless this is a standby.
         Gate::Unknown => guc::session_state(),
         _ => State::parse(&text),
     };
-    // While draining the record still says up, for it may yet come to that.
-    if database.gate() != Gate::Open && database.gate() != Gate::Unknown {
-        state.state = Mode::Down;
-    }
     let writers = writers().len();
     let json = serde_json::json!({
         "node": guc::node(),
@@ -85,7 +81,7 @@ fn multihome_state() -> Option<pgrx::datum::AnyElement> {
         "writers": writers,
     });
     // By way of text, so that the server decodes what is beyond ASCII into its own encoding.
-    let json = guc::c_string(&ascii(&json.to_string()));
+    let json = compat::c_string(&ascii(&json.to_string()));
     // SAFETY: jsonb_in() takes a C string, which it copies.
     unsafe {
         let jsonb = pgrx::direct_function_call_as_datum(pg_sys::jsonb_in, &[Some(json.as_ptr().into())]);
@@ -104,7 +100,7 @@ fn multihome_refresh(copy_data: Option<bool>) -> SetOfIterator<'static, String> 
         &[],
     );
     for name in &names {
-        let name = guc::c_string(name);
+        let name = compat::c_string(name);
         // SAFETY: copies a C string into a palloc'd identifier.
         let quoted = unsafe { std::ffi::CStr::from_ptr(pg_sys::quote_identifier(name.as_ptr())) };
         let statement = catalog::parse(&format!(
@@ -120,7 +116,7 @@ fn multihome_refresh(copy_data: Option<bool>) -> SetOfIterator<'static, String> 
 // --- Down -------------------------------------------------------------------------------------------------------
 
 fn take_down(
-    verb: &'static str,
+    verb: &str,
     reason: Option<&[u8]>,
     timeout: Option<Interval>,
     terminate: Option<bool>,
@@ -128,7 +124,7 @@ fn take_down(
 ) -> i64 {
     let deadline = Instant::now() + duration(not_null("timeout", timeout));
     let terminate = not_null("terminate", terminate);
-    let call = Call::begin_by(verb, deadline);
+    let call = Call::begin(verb, Some(deadline));
     let before = call.state();
     if before.state == Mode::Down && !before.rejoin {
         if hop.is_some() {
@@ -146,12 +142,10 @@ fn take_down(
         ..State::up()
     };
     call.check_size(&down);
-    let pending = call.pending(Gate::Closed, &down);
-    settle_at_end(pending);
+    settle_at_end(call.pending(Gate::Closed, &down));
     if call.database.gate() == Gate::Open {
-        // While draining, refused writers read who is at it; the record says up until the transaction commits.
+        // The edge. Refused writers read who is at it, although the record says up until the transaction commits.
         call.database.set(Gate::Draining, &down.to_json());
-        call.database.move_gate(Gate::Draining);
         drain(call.database, deadline, terminate);
     }
     catalog::record(catalog::READ_ONLY, Some("on")); // First: see assign_state() in guc.rs.
@@ -300,8 +294,8 @@ fn mark_the_edge() -> i64 {
 
 // --- Up ---------------------------------------------------------------------------------------------------------
 
-fn open(verb: &'static str, sole: bool) {
-    let call = Call::begin(verb);
+fn open(verb: &str, sole: bool) {
+    let call = Call::begin(verb, None);
     let before = call.state();
     // A database whose record says nothing may still have what a hand-made "down" left behind.
     // SAFETY: a transaction is in progress, this one.
@@ -330,16 +324,8 @@ struct Call {
 }
 
 impl Call {
-    fn begin(verb: &'static str) -> Call {
-        // lock_timeout and statement_timeout bound the wait as for any other lock.
-        Call::enter(verb, None)
-    }
-
-    fn begin_by(verb: &'static str, deadline: Instant) -> Call {
-        Call::enter(verb, Some(deadline))
-    }
-
-    fn enter(verb: &'static str, deadline: Option<Instant>) -> Call {
+    /// Without a deadline lock_timeout and statement_timeout bound the wait for other calls, as for any other lock.
+    fn begin(verb: &str, deadline: Option<Instant>) -> Call {
         let database = require_slot();
         prevent_on_standby(verb);
         prevent_in_block(verb);
@@ -399,7 +385,7 @@ fn require_slot() -> &'static Database {
 }
 
 fn prevent_on_standby(verb: &str) {
-    let verb = guc::c_string(verb);
+    let verb = compat::c_string(verb);
     // SAFETY: the string outlives the call; it raises when the server is in recovery.
     unsafe { pg_sys::PreventCommandDuringRecovery(verb.as_ptr()) };
 }
@@ -407,7 +393,7 @@ fn prevent_on_standby(verb: &str) {
 /// In a block the call would return before its change is final. Outside of one, this also makes the transaction end
 /// with the statement when a client pipelines more behind it.
 fn prevent_in_block(verb: &str) {
-    let verb = guc::c_string(verb);
+    let verb = compat::c_string(verb);
     // SAFETY: the string outlives the call; it raises in a transaction block.
     unsafe { pg_sys::PreventInTransactionBlock(true, verb.as_ptr()) };
 }
