@@ -35,11 +35,11 @@ pub async fn run(context: &Context, wish: &Wish<'_>, dry_run: bool) -> Result<Re
         return Err(failure);
     }
     let facts = facts::gather(crew.session(name)?, &context.config, LOOK_BOUND).await?;
-    if let Some(flaw) = facts.extension.flaw() {
+    let Some(state) = facts.state else {
+        let flaw = facts.extension.flaw().unwrap_or_default();
         return Err(Failure::new(Kind::Undone, format!("{name}: {flaw}")));
-    }
+    };
     if dry_run {
-        let state = facts::state(crew.session(name)?, LOOK_BOUND).await?;
         let writers = state.writers.map_or_else(String::new, |n| format!(", {n} transactions could write"));
         let text = if state.is_up() {
             format!("would take {name} down (it is up{writers})")
