@@ -13,11 +13,12 @@ CARGO       ?= cargo
 # Tests spend their time waiting for servers: more of them at once than there are processors.
 TEST_THREADS ?= 6
 
-.PHONY: help setup build install install-agent demo test bench lint clean
+.PHONY: help setup build install install-agent demo test fuzz bench lint clean
 
 help:
 	@echo 'make demo                 two live servers, hopped between under load; KEEP=1 leaves them running'
 	@echo 'make test                 proves every promise, on real servers'
+	@echo 'make fuzz                 the decoder of replication messages, against noise; SECONDS=60'
 	@echo 'make bench                figures, as ratios to plain PostgreSQL'
 	@echo 'make setup                packages and a PostgreSQL >= 16 (the other targets call it); PG_CONFIG=... to choose one'
 	@echo 'make build                the extension and the agent, under target/release'
@@ -54,6 +55,11 @@ demo: build install
 test: build install
 	@$(environment) $(CARGO) test --release --locked --package stillebot $(pg_features)
 	@$(environment) $(CARGO) test --release --locked --package stillebot-agent --package stillebot-tests -- --test-threads=$(TEST_THREADS)
+
+# Arithmetic that overflows is silent in the profile that everything else is built with.
+fuzz: setup
+	@$(environment) $(CARGO) run --quiet --release --locked --package stillebot-tests --bin fuzz \
+	  --config profile.release.package.stillebot-tests.overflow-checks=true
 
 bench: build install
 	@$(environment) $(CARGO) run --quiet --release --locked --package stillebot-tests --bin bench

@@ -6,6 +6,8 @@
 mod catalog;
 mod compat;
 mod guc;
+#[allow(dead_code)] // until the tap uses it
+mod pgoutput;
 mod readonly;
 mod shmem;
 mod state;
