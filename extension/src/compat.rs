@@ -37,6 +37,10 @@ unsafe extern "C-unwind" {
     pub fn GetTopTransactionIdIfAny() -> pg_sys::TransactionId;
     pub fn IsTransactionState() -> bool;
     pub fn IsLogicalWorker() -> bool;
+    pub fn SetLatch(latch: *mut pg_sys::Latch);
+    pub fn GetCurrentTimestamp() -> pg_sys::TimestampTz;
+    fn ApplyLauncherForgetWorkerStartTime(subscription: pg_sys::Oid);
+    fn ApplyLauncherWakeupAtCommit();
     pub fn RecoveryInProgress() -> bool;
     pub fn geterrcode() -> c_int;
     pub fn errhint(format: *const c_char, ...) -> c_int;
@@ -211,6 +215,31 @@ pub fn backend_of(vxid: &pg_sys::VirtualTransactionId) -> c_int {
     return vxid.procNumber;
 }
 
+/// The oids of the subscription that this replication worker works for, and of the table that it copies (0 if none), from the
+/// name that core gave it. Allocates nothing: used while an ERROR is being reported.
+pub fn my_subscription() -> Option<(u32, u32)> {
+    // SAFETY: null, or an entry that lives as long as the process; the name ends with a NUL.
+    let name = unsafe {
+        let entry = pg_sys::MyBgworkerEntry.as_ref()?;
+        std::ffi::CStr::from_ptr(entry.bgw_name.as_ptr()).to_str().ok()?
+    };
+    // logical replication tablesync worker for subscription %u sync %u
+    let number = |after: &str| name.split_once(after)?.1.split(' ').next()?.parse().ok();
+    Some((number("subscription ")?, number(" sync ").unwrap_or(0)))
+}
+
+/// Has the apply worker of a subscription started at once after this transaction, instead of wal_retrieve_retry_interval after
+/// its last start. It is what core does for one that ended because its subscription was changed.
+pub fn restart_apply(subscription: pg_sys::Oid) {
+    // SAFETY: takes the lock it needs, and asks for a signal at commit. It may raise: only called from guarded functions.
+    unsafe {
+        guarded(|| {
+            ApplyLauncherForgetWorkerStartTime(subscription);
+            ApplyLauncherWakeupAtCommit();
+        });
+    }
+}
+
 /// Whether there can be prepared transactions.
 pub fn two_phase_is_on() -> bool {
     // SAFETY: a plain integer, constant while the server runs.
@@ -268,6 +297,25 @@ pub fn in_server_encoding(text: String) -> String {
         text
     } else {
         text.chars().map(|letter| if letter.is_ascii() { letter } else { '?' }).collect()
+    }
+}
+
+/// Text in the server's encoding, as it should be: whatever is not, because a text was cut in the middle of a character,
+/// becomes a question mark.
+pub fn valid_in_server_encoding(text: Vec<u8>) -> Vec<u8> {
+    // SAFETY: reads `text.len()` bytes, and does not raise when asked not to.
+    let valid = unsafe {
+        let encoding = pg_sys::GetDatabaseEncoding();
+        pg_sys::pg_verify_mbstr(encoding, text.as_ptr().cast(), text.len() as c_int, true)
+    };
+    if valid {
+        return text;
+    }
+    // SAFETY: a backend-local integer.
+    if unsafe { pg_sys::GetDatabaseEncoding() } == pg_sys::pg_enc::PG_UTF8 as c_int {
+        String::from_utf8_lossy(&text).replace(char::REPLACEMENT_CHARACTER, "?").into_bytes()
+    } else {
+        text.into_iter().map(|byte| if byte.is_ascii() { byte } else { b'?' }).collect()
     }
 }
 

@@ -1,16 +1,20 @@
 //! The settings. Everyone else reads them through the functions here.
 
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pgrx::pg_sys;
 
 use crate::state::{Mode, State};
-use crate::{compat, readonly};
+use crate::{collector, compat, readonly};
 
 static mut STATE: *mut c_char = null_mut();
 static mut NODE: *mut c_char = null_mut();
+static mut REDACT: *mut c_char = null_mut();
+static mut MAX_TUPLE_SIZE: c_int = 64;
+static mut LOG_BUFFER: c_int = 1024;
+static mut RETENTION: c_int = 30 * 24 * 60;
 
 /// Whether this session was told at its start that its database is down. Never changes afterwards.
 static STARTED_DOWN: AtomicBool = AtomicBool::new(false);
@@ -43,6 +47,61 @@ pub fn init() {
             None,
             None,
         );
+        pg_sys::DefineCustomIntVariable(
+            c"stillebot.max_tuple_size".as_ptr(),
+            c"How much of a row goes into the log of conflicts.".as_ptr(),
+            c"Longer values are cut, and marked as cut.".as_ptr(),
+            &raw mut MAX_TUPLE_SIZE,
+            64,
+            1,
+            128,
+            pg_sys::GucContext::PGC_SIGHUP,
+            pg_sys::GUC_UNIT_KB as c_int,
+            None,
+            None,
+            None,
+        );
+        pg_sys::DefineCustomIntVariable(
+            c"stillebot.retention".as_ptr(),
+            c"How long closed conflicts stay in the log.".as_ptr(),
+            c"Open ones stay in any case. 0: for ever.".as_ptr(),
+            &raw mut RETENTION,
+            30 * 24 * 60,
+            0,
+            c_int::MAX / 60,
+            pg_sys::GucContext::PGC_SIGHUP,
+            pg_sys::GUC_UNIT_MIN as c_int,
+            None,
+            None,
+            None,
+        );
+        pg_sys::DefineCustomStringVariable(
+            c"stillebot.redact".as_ptr(),
+            c"Tables of whose rows only keys go into the log of conflicts.".as_ptr(),
+            c"A list of schema.table, separated by commas; \"schema.*\" and \"*\" stand for all of them.".as_ptr(),
+            &raw mut REDACT,
+            c"".as_ptr(),
+            pg_sys::GucContext::PGC_SIGHUP,
+            0,
+            None,
+            None,
+            None,
+        );
+        pg_sys::DefineCustomIntVariable(
+            c"stillebot.log_buffer".as_ptr(),
+            c"Shared memory for conflicts on their way to the log, for each of eight databases with subscriptions."
+                .as_ptr(),
+            c"What does not fit is counted, and lost.".as_ptr(),
+            &raw mut LOG_BUFFER,
+            1024,
+            1024,
+            1024 * 1024,
+            pg_sys::GucContext::PGC_POSTMASTER,
+            pg_sys::GUC_UNIT_KB as c_int,
+            None,
+            None,
+            None,
+        );
         pg_sys::MarkGUCPrefixReserved(c"stillebot".as_ptr());
     }
 }
@@ -52,6 +111,18 @@ pub fn node() -> Option<String> {
     // SAFETY: a string setting is null or points to a C string that the setting owns.
     let name = unsafe { NODE.as_ref().map(|name| CStr::from_ptr(name)) }?;
     (!name.is_empty()).then(|| name.to_string_lossy().into_owned())
+}
+
+/// How many bytes of a row's values are kept.
+pub fn max_tuple_size() -> usize {
+    // SAFETY: a plain integer within its bounds.
+    unsafe { MAX_TUPLE_SIZE as usize * 1024 }
+}
+
+/// How many bytes of records the queue of a database holds.
+pub fn log_buffer() -> usize {
+    // SAFETY: as above; constant while the server runs.
+    unsafe { LOG_BUFFER as usize * 1024 }
 }
 
 /// The recorded state as this session got it when it connected.
@@ -105,7 +176,8 @@ unsafe extern "C-unwind" fn check_state(
 ///
 /// A database that was the only writable node before its server restarted has no default_transaction_read_only of its
 /// own, but must not look writable to libpq and to the bot while it refuses writes. A replication worker, on the other
-/// hand, must not have it: apply itself does not look, but triggers and identity columns would fail.
+/// hand, must not have it: apply itself does not look, but triggers and identity columns would fail. Nor must the
+/// collector, which writes the log of conflicts.
 unsafe extern "C-unwind" fn assign_state(value: *const c_char, _extra: *mut c_void) {
     // SAFETY: PostgreSQL passes null or a C string.
     let Some(value) = (unsafe { value.as_ref() }) else { return };
@@ -116,7 +188,7 @@ unsafe extern "C-unwind" fn assign_state(value: *const c_char, _extra: *mut c_vo
         if pg_sys::MyDatabaseId == pg_sys::InvalidOid {
             return;
         }
-        if compat::IsLogicalWorker() {
+        if compat::IsLogicalWorker() || collector::is_this_process() {
             if state.state == Mode::Down {
                 pg_sys::DefaultXactReadOnly = false;
             }

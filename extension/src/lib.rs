@@ -1,16 +1,23 @@
-//! stillebot: a PostgreSQL database that can be taken down, truly and lastingly read-only, and up again.
+//! stillebot: a PostgreSQL database that can be taken down, truly and lastingly read-only, and up again; and that tells of every
+//! conflict and error of logical replication in a table.
 //!
 //! `_PG_init` below is the table of contents. SQL objects are declared by hand in `sql/`; each C function there is a
-//! `#[pg_extern(sql = false)]` of verbs.rs.
+//! `#[pg_extern(sql = false)]` of verbs.rs or conflicts.rs.
 
+mod apply_log;
 mod catalog;
+mod collector;
 mod compat;
+mod conflicts;
+mod event;
 mod guc;
-#[allow(dead_code)] // until the tap uses it
+mod local;
 mod pgoutput;
 mod readonly;
+mod ring;
 mod shmem;
 mod state;
+mod tap;
 mod verbs;
 
 pgrx::pg_module_magic!();
@@ -26,4 +33,8 @@ pub extern "C-unwind" fn _PG_init() {
     guc::init();
     shmem::init();
     readonly::init();
+    local::init();
+    tap::init();
+    apply_log::init();
+    collector::init();
 }

@@ -17,7 +17,7 @@ use pgrx::pg_sys;
 
 use crate::shmem::{self, Backend, Database, Effect, Gate};
 use crate::state::{Mode, State};
-use crate::{catalog, compat, guc};
+use crate::{catalog, collector, compat, guc, local};
 
 static mut PREVIOUS_EXECUTOR_START: pg_sys::ExecutorStart_hook_type = None;
 static mut PREVIOUS_PROCESS_UTILITY: pg_sys::ProcessUtility_hook_type = None;
@@ -48,8 +48,8 @@ enum Process {
     Unasked = 0,
     /// Sessions, and background workers of others: bound by the state of their database.
     Ordinary = 1,
-    /// Apply and table synchronisation, for replication goes on while down; autovacuum, which writes no data; parallel
-    /// workers, which cannot write, and whose leader is bound.
+    /// Apply and table synchronisation, for replication goes on while down; the collector, which writes the log of
+    /// conflicts; autovacuum, which writes no data; parallel workers, which cannot write, and whose leader is bound.
     Exempt = 2,
 }
 
@@ -69,6 +69,7 @@ fn classify() -> Process {
     // SAFETY: backend-local values, settled before a process runs its first statement.
     let process = unsafe {
         if compat::IsLogicalWorker()
+            || collector::is_this_process()
             || pg_sys::ParallelWorkerNumber >= 0
             || pg_sys::MyBackendType == pg_sys::BackendType::B_AUTOVAC_WORKER
         {
@@ -87,7 +88,7 @@ fn classify() -> Process {
 /// is read-only from here on.
 #[inline]
 fn enter(effect: Effect) -> bool {
-    if process() != Process::Ordinary {
+    if process() != Process::Ordinary || local::is_active() {
         return false;
     }
     let (Some(database), Some(backend)) = (shmem::my_database(), shmem::my_backend()) else {
@@ -489,7 +490,7 @@ unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _a
 /// One race ends here, a session that is being terminated and reaches its commit before the signal. The rest is a second
 /// lock on the door, for ways around the hooks: one is an expression that PL/pgSQL has cached across its own COMMIT.
 unsafe fn refuse_to_commit_past_the_edge() {
-    if process() != Process::Ordinary || is_pending() || IN_MAINTENANCE.load(Relaxed) {
+    if process() != Process::Ordinary || is_pending() || local::is_active() || IN_MAINTENANCE.load(Relaxed) {
         return;
     }
     let (Some(database), Some(backend)) = (shmem::my_database(), shmem::my_backend()) else { return };

@@ -1,15 +1,17 @@
 //! Shared memory: the only file that knows its layout. What all backends of a server must agree on at once:
-//! the state of each database, and for each backend whether its transaction could still write.
+//! the state of each database, for each backend whether its transaction could still write, the queues through which
+//! replication workers report, and the changes that they were told to leave out.
 //!
 //! Everything here is atomic and nothing locks: these words are read before every statement, and while an ERROR is
 //! being reported. A server that starts finds zeros, that is, `Unknown` everywhere.
 
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
 use pgrx::pg_sys;
 
-use crate::compat;
+use crate::ring::{Positions, Ring};
+use crate::{compat, guc};
 
 /// Databases whose state can be kept, of those that are used between two starts of the server. 2 kB each.
 const DATABASES: usize = 512;
@@ -60,6 +62,49 @@ pub struct Backend {
     utility: AtomicU32,
 }
 
+/// Databases with subscriptions that can report at the same time.
+const QUEUES: usize = 8;
+/// Changes that can be left out at the same time.
+const EXCLUSIONS: usize = 256;
+
+/// The queue of one database: replication workers put events into it, the database's collector takes them out.
+#[repr(C, align(64))]
+pub struct Queue {
+    database: AtomicU32,
+    /// 1 while there may be something to collect: set by replication workers, cleared by a collector that ends because
+    /// its database has no subscription any more.
+    wanted: AtomicU32,
+    /// The collector at work; 0 if there is none.
+    collector: AtomicI32,
+    /// Open conflicts that stop a subscription: while there are any, the collector wants to hear that apply goes on.
+    open: AtomicU32,
+    /// The collector's latch. May be stale: setting the latch of a process that took over the place wakes it for nothing.
+    latch: AtomicPtr<pg_sys::Latch>,
+    positions: Positions,
+}
+
+/// A change of a remote transaction that the apply worker of a subscription shall not see.
+#[repr(C)]
+struct Exclusion {
+    /// 0 free, 1 being written, 2 in force.
+    state: AtomicU32,
+    subscription: AtomicU32,
+    /// Its place in the transaction, counted from 1.
+    change: AtomicU32,
+    /// Where that transaction's commit is at the publisher.
+    lsn: AtomicU64,
+}
+
+/// What there is one of.
+#[repr(C, align(64))]
+struct Common {
+    /// Of the process that starts collectors. May be stale, as above.
+    launcher: AtomicPtr<pg_sys::Latch>,
+    /// How many exclusions were ever made: while none was, nobody looks for one.
+    exclusions_made: AtomicU32,
+    exclusions: [Exclusion; EXCLUSIONS],
+}
+
 /// What a statement may do to the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u64)]
@@ -74,6 +119,10 @@ pub enum Effect {
 /// Set in the postmaster, inherited by every backend.
 static DATABASE_ARRAY: AtomicPtr<Database> = AtomicPtr::new(null_mut());
 static BACKEND_ARRAY: AtomicPtr<Backend> = AtomicPtr::new(null_mut());
+static QUEUE_ARRAY: AtomicPtr<Queue> = AtomicPtr::new(null_mut());
+/// The words of all queues, one after the other.
+static QUEUE_WORDS: AtomicPtr<AtomicU64> = AtomicPtr::new(null_mut());
+static COMMON: AtomicPtr<Common> = AtomicPtr::new(null_mut());
 /// This backend's own database, found once.
 static MY_DATABASE: AtomicPtr<Database> = AtomicPtr::new(null_mut());
 
@@ -96,8 +145,17 @@ fn backend_slots() -> usize {
     unsafe { pg_sys::MaxBackends as usize + 1 }
 }
 
+/// Words for the records of one queue.
+fn queue_words() -> usize {
+    guc::log_buffer() / size_of::<u64>()
+}
+
 fn size() -> usize {
-    DATABASES * size_of::<Database>() + backend_slots() * size_of::<Backend>() + align_of::<Database>()
+    DATABASES * size_of::<Database>()
+        + backend_slots() * size_of::<Backend>()
+        + size_of::<Common>()
+        + QUEUES * (size_of::<Queue>() + queue_words() * size_of::<u64>())
+        + align_of::<Database>()
 }
 
 unsafe extern "C-unwind" fn request() {
@@ -124,7 +182,14 @@ unsafe extern "C-unwind" fn startup() {
         }
         let aligned = block.add(block.align_offset(align_of::<Database>()));
         DATABASE_ARRAY.store(aligned.cast(), Ordering::Release);
-        BACKEND_ARRAY.store(aligned.add(DATABASES * size_of::<Database>()).cast(), Ordering::Release);
+        // All of these are aligned alike, and their sizes are multiples of that.
+        let backends = aligned.add(DATABASES * size_of::<Database>());
+        BACKEND_ARRAY.store(backends.cast(), Ordering::Release);
+        let common = backends.add(backend_slots() * size_of::<Backend>());
+        COMMON.store(common.cast(), Ordering::Release);
+        let queues = common.add(size_of::<Common>());
+        QUEUE_ARRAY.store(queues.cast(), Ordering::Release);
+        QUEUE_WORDS.store(queues.add(QUEUES * size_of::<Queue>()).cast(), Ordering::Release);
     }
 }
 
@@ -288,6 +353,166 @@ impl Backend {
 #[inline]
 pub fn my_backend() -> Option<&'static Backend> {
     backend(compat::my_backend())
+}
+
+fn queues() -> &'static [Queue] {
+    let array = QUEUE_ARRAY.load(Ordering::Acquire);
+    // SAFETY: startup() laid out QUEUES of them, and they are never freed.
+    if array.is_null() { &[] } else { unsafe { std::slice::from_raw_parts(array, QUEUES) } }
+}
+
+fn common() -> Option<&'static Common> {
+    // SAFETY: null, or points into shared memory, which lives as long as the process.
+    unsafe { COMMON.load(Ordering::Acquire).as_ref() }
+}
+
+/// The queue of a database, if one was ever needed; `claim` makes it. `None` too if all are taken.
+pub fn queue(database: u32, claim: bool) -> Option<&'static Queue> {
+    // As in find_database().
+    queues().iter().take_while(|queue| claim || queue.database.load(Ordering::Acquire) != 0).find(|queue| {
+        let owner = if claim {
+            queue.database.compare_exchange(0, database, Ordering::AcqRel, Ordering::Acquire).err()
+        } else {
+            Some(queue.database.load(Ordering::Acquire))
+        };
+        owner.is_none_or(|owner| owner == database)
+    })
+}
+
+/// Databases whose events nobody collects although somebody should.
+pub fn uncollected() -> impl Iterator<Item = u32> {
+    queues()
+        .iter()
+        .filter(|queue| queue.wanted.load(Ordering::Acquire) != 0 && queue.collector.load(Ordering::Acquire) == 0)
+        .map(|queue| queue.database.load(Ordering::Acquire))
+}
+
+/// Makes the calling process the one that is told when a collector is wanted.
+pub fn become_launcher() {
+    if let Some(common) = common() {
+        // SAFETY: a pointer that is set before a background worker's main function runs.
+        common.launcher.store(unsafe { pg_sys::MyLatch }, Ordering::Release);
+    }
+}
+
+/// Wakes a process that waits for its latch. Neither locks nor raises.
+fn wake(latch: &AtomicPtr<pg_sys::Latch>) {
+    let latch = latch.load(Ordering::Acquire);
+    if !latch.is_null() {
+        // SAFETY: latches of processes are in PostgreSQL's shared memory and never freed; SetLatch() may be called from
+        // signal handlers.
+        unsafe { compat::SetLatch(latch) };
+    }
+}
+
+impl Queue {
+    /// The records.
+    pub fn ring(&self) -> Ring<'_> {
+        // SAFETY: startup() put queue_words() words for each queue, in the order of the queues.
+        let words = unsafe {
+            let index = (&raw const *self).offset_from(QUEUE_ARRAY.load(Ordering::Acquire)) as usize;
+            std::slice::from_raw_parts(QUEUE_WORDS.load(Ordering::Acquire).add(index * queue_words()), queue_words())
+        };
+        Ring::new(&self.positions, words)
+    }
+
+    /// Wakes the collector, or has one started.
+    pub fn call(&self) {
+        self.wanted.store(1, Ordering::Release);
+        if self.collector.load(Ordering::Acquire) != 0 {
+            wake(&self.latch);
+        } else if let Some(common) = common() {
+            wake(&common.launcher);
+        }
+    }
+
+    /// Wakes the collector if it waits for apply to go on.
+    pub fn tell_progress(&self) {
+        if self.open.load(Ordering::Relaxed) != 0 {
+            wake(&self.latch);
+        }
+    }
+
+    /// Whether conflicts stopped a subscription when the collector last counted.
+    pub fn is_open(&self) -> bool {
+        self.open.load(Ordering::Relaxed) != 0
+    }
+
+    /// How many conflicts stop a subscription, as the collector last counted.
+    pub fn set_open(&self, count: u32) {
+        self.open.store(count, Ordering::Relaxed);
+    }
+
+    /// Makes the calling process the collector, unless there is one.
+    pub fn collect(&self) -> bool {
+        // SAFETY: backend-local values that are set before a background worker's main function runs.
+        let (pid, latch) = unsafe { (pg_sys::MyProcPid, pg_sys::MyLatch) };
+        if self.collector.compare_exchange(0, pid, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            return false;
+        }
+        self.latch.store(latch, Ordering::Release);
+        true
+    }
+
+    /// Ends what [`Queue::collect`] began, if this process did.
+    pub fn leave(&self) {
+        // SAFETY: a backend-local value.
+        let pid = unsafe { pg_sys::MyProcPid };
+        if self.collector.load(Ordering::Acquire) == pid {
+            self.latch.store(null_mut(), Ordering::Release);
+            self.collector.store(0, Ordering::Release);
+            if let Some(common) = common() {
+                wake(&common.launcher);
+            }
+        }
+    }
+
+    /// Says that no collector is needed until the next [`Queue::call`].
+    pub fn dismiss(&self) {
+        self.wanted.store(0, Ordering::Release);
+    }
+}
+
+/// Has a change left out when it comes. False if there is no room to note it.
+pub fn exclude(subscription: u32, lsn: u64, change: u32) -> bool {
+    let Some(common) = common() else { return false };
+    if excluded(subscription, lsn).any(|known| known == change) {
+        return true;
+    }
+    let Some(place) = common
+        .exclusions
+        .iter()
+        .find(|place| place.state.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok())
+    else {
+        return false;
+    };
+    place.subscription.store(subscription, Ordering::Relaxed);
+    place.change.store(change, Ordering::Relaxed);
+    place.lsn.store(lsn, Ordering::Relaxed);
+    place.state.store(2, Ordering::Release);
+    common.exclusions_made.fetch_add(1, Ordering::Release);
+    true
+}
+
+fn exclusions(subscription: u32) -> impl Iterator<Item = &'static Exclusion> {
+    let made = common().filter(|common| common.exclusions_made.load(Ordering::Acquire) > 0);
+    made.into_iter().flat_map(|common| common.exclusions.iter()).filter(move |place| {
+        place.state.load(Ordering::Acquire) == 2 && place.subscription.load(Ordering::Relaxed) == subscription
+    })
+}
+
+/// The changes of a transaction that shall be left out.
+pub fn excluded(subscription: u32, lsn: u64) -> impl Iterator<Item = u32> {
+    exclusions(subscription)
+        .filter(move |place| place.lsn.load(Ordering::Relaxed) == lsn)
+        .map(|place| place.change.load(Ordering::Relaxed))
+}
+
+/// Forgets what was to be left out of transactions before this one: commits come in order, so those are over.
+pub fn forget_excluded_before(subscription: u32, lsn: u64) {
+    for place in exclusions(subscription).filter(|place| place.lsn.load(Ordering::Relaxed) < lsn) {
+        place.state.store(0, Ordering::Release);
+    }
 }
 
 #[cfg(test)]

@@ -329,7 +329,7 @@ impl Call {
         let database = require_slot();
         prevent_on_standby(verb);
         prevent_in_block(verb);
-        prevent_in_writing_statement(verb);
+        prevent_in_writing_statement(verb, "Call it as a statement of its own: SELECT stillebot_down().");
         write_no_more();
         lock(verb, deadline);
         Call { database }
@@ -392,14 +392,14 @@ fn prevent_on_standby(verb: &str) {
 
 /// In a block the call would return before its change is final. Outside of one, this also makes the transaction end
 /// with the statement when a client pipelines more behind it.
-fn prevent_in_block(verb: &str) {
+pub fn prevent_in_block(verb: &str) {
     let verb = compat::c_string(verb);
     // SAFETY: the string outlives the call; it raises in a transaction block.
     unsafe { pg_sys::PreventInTransactionBlock(true, verb.as_ptr()) };
 }
 
 /// `insert into log select stillebot_down()` would write behind the edge that it drew itself.
-fn prevent_in_writing_statement(verb: &str) {
+pub fn prevent_in_writing_statement(verb: &str, hint: &str) {
     let writes = shmem::my_backend().is_some_and(|me| me.effect_of(compat::my_local_xid()) == Effect::Writes);
     // SAFETY: reads the state of the current transaction.
     let has_written = unsafe { compat::GetTopTransactionIdIfAny() } != pg_sys::InvalidTransactionId;
@@ -408,7 +408,7 @@ fn prevent_in_writing_statement(verb: &str) {
             PgSqlErrorCode::ERRCODE_ACTIVE_SQL_TRANSACTION,
             &format!("{verb} cannot be called from a statement or function that writes"),
             None,
-            "Call it as a statement of its own: SELECT stillebot_down().",
+            hint,
         );
     }
 }

@@ -1,0 +1,213 @@
+//! The top half of the log of conflicts: a hook that sees what a replication worker reports, and puts it, with the transaction
+//! that the tap remembers, into the queue of its database. The bottom half is collector.rs.
+//!
+//! It runs while an ERROR is being reported, before or after its transaction was rolled back. So it takes no lock, asks no
+//! catalog, allocates nothing and cannot raise; it copies bytes from here to there. What the report says to others it
+//! leaves as it is, with one exception: lines that core would not have logged, had the tap not asked for them, are kept
+//! out of the server's log.
+
+use std::ffi::{CStr, c_char, c_int};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use pgrx::pg_sys;
+
+use crate::event::{Delivery, Event, HEAD, Kind, MAX_TEXT, TEXTS};
+use crate::tap::tap;
+use crate::{compat, shmem};
+
+static mut PREVIOUS_EMIT_LOG: pg_sys::emit_log_hook_type = None;
+
+pub fn init() {
+    // SAFETY: called from _PG_init in the postmaster; backends inherit the hook.
+    unsafe {
+        PREVIOUS_EMIT_LOG = pg_sys::emit_log_hook;
+        pg_sys::emit_log_hook = Some(emit_log);
+    }
+}
+
+unsafe extern "C-unwind" fn emit_log(report: *mut pg_sys::ErrorData) {
+    // SAFETY: PostgreSQL passes the report it is about to send.
+    unsafe {
+        if compat::IsLogicalWorker() {
+            // Nothing here can panic; if it does nevertheless, the report goes on its way without us.
+            let _ = catch_unwind(AssertUnwindSafe(|| note(&mut *report)));
+        }
+        if let Some(previous) = PREVIOUS_EMIT_LOG {
+            previous(report);
+        }
+    }
+}
+
+fn note(report: &mut pg_sys::ErrorData) {
+    let Some(kind) = kind(report) else { return keep_out_of_the_log(report) };
+    // SAFETY: a backend-local value.
+    let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
+    let Some((subscription, copied)) = compat::my_subscription().filter(|_| database != 0) else { return };
+    let Some(queue) = shmem::queue(database, true) else { return };
+
+    let tap = tap();
+    let transaction = &tap.transaction;
+    // Between two transactions there is none: the last one is over.
+    let inside = tap.message != 0 && transaction.delivery != Delivery::None;
+    let silent = kind == Kind::Silent;
+    let event = Event {
+        kind,
+        delivery: match inside {
+            true => transaction.delivery,
+            false if copied != 0 => Delivery::Copy,
+            false => Delivery::None,
+        },
+        subscription,
+        copied,
+        sqlstate: sqlstate(report.sqlerrcode),
+        xid: if inside { transaction.xid } else { 0 },
+        lsn: if inside { transaction.lsn } else { 0 },
+        commit_ts: if inside { transaction.commit_ts } else { 0 },
+        // SAFETY: reads the clock.
+        at: unsafe { compat::GetCurrentTimestamp() },
+        operation: tap.message,
+        seen: if inside { transaction.seen } else { 0 },
+        failing: if inside && transaction.applying { transaction.seen } else { 0 },
+        complete: inside && transaction.ended && transaction.whole,
+        texts: texts(report),
+        relations: if inside { &transaction.relations } else { &[] },
+        changes: match inside {
+            true if silent && transaction.applying => transaction.last_change(),
+            true => &transaction.changes,
+            false => &[],
+        },
+    };
+    let mut head = [0; HEAD];
+    queue.ring().push(&event.parts(&mut head));
+    queue.call();
+    keep_out_of_the_log(report);
+}
+
+/// Rows that were not found: core's own words, which no translation changes. There are two of each, the second for
+/// partitions.
+const NOT_FOUND: [(&[u8], &CStr); 2] = [
+    (b"logical replication did not find row to be updated", c"update_missing"),
+    (b"logical replication did not find row to be deleted", c"delete_missing"),
+];
+/// From 18 on, core tells conflicts itself.
+const DETECTED: &[u8] = b"conflict detected on relation";
+const SKIPPED: &[u8] = b"logical replication completed skipping transaction";
+
+/// What a report is to us; `None`: nothing.
+fn kind(report: &pg_sys::ErrorData) -> Option<Kind> {
+    let id = text(report.message_id);
+    match report.elevel as u32 {
+        pg_sys::PGERROR => Some(Kind::Error),
+        pg_sys::LOG if id.starts_with(SKIPPED) => Some(Kind::Skipped),
+        pg_sys::LOG if id.starts_with(DETECTED) => Some(Kind::Silent),
+        pg_sys::DEBUG1 if NOT_FOUND.iter().any(|(words, _)| id.starts_with(words)) => Some(Kind::Silent),
+        _ => None,
+    }
+}
+
+/// In the order of [`TEXTS`].
+fn texts(report: &pg_sys::ErrorData) -> [&'static [u8]; TEXTS.len()] {
+    let (message, id) = (text(report.message), text(report.message_id));
+    let conflict = conflict(message, id);
+    [
+        message,
+        id,
+        text(report.detail),
+        text(report.context),
+        text(report.schema_name),
+        text(report.table_name),
+        text(report.constraint_name),
+        conflict,
+    ]
+}
+
+/// The type of a conflict where core's words tell it; otherwise nothing.
+fn conflict(message: &'static [u8], id: &[u8]) -> &'static [u8] {
+    const MARK: &[u8] = b"conflict=";
+    if let Some((_, name)) = NOT_FOUND.iter().find(|(words, _)| id.starts_with(words)) {
+        return name.to_bytes();
+    }
+    if !id.starts_with(DETECTED) {
+        return b"";
+    }
+    // conflict detected on relation "%s.%s": conflict=%s
+    let at = message.windows(MARK.len()).rposition(|part| part == MARK);
+    at.map_or(b"", |at| &message[at + MARK.len()..])
+}
+
+/// A text of a report, bounded. It lives as long as the report, which outlives our looking at it.
+fn text(text: *const c_char) -> &'static [u8] {
+    if text.is_null() {
+        return &[];
+    }
+    // SAFETY: strings of a report end with a NUL.
+    let bytes = unsafe { CStr::from_ptr(text) }.to_bytes();
+    &bytes[..bytes.len().min(MAX_TEXT)]
+}
+
+/// A packed SQLSTATE, see MAKE_SQLSTATE() in elog.h.
+fn sqlstate(mut code: c_int) -> [u8; 5] {
+    [0; 5].map(|_: u8| {
+        let letter = (code & 0x3f) as u8 + b'0';
+        code >>= 6;
+        letter
+    })
+}
+
+/// Takes lines out of the server's log that are there only because the tap makes core talk.
+fn keep_out_of_the_log(report: &mut pg_sys::ErrorData) {
+    if let Some(level) = tap().level()
+        && !is_logged(report.elevel, level)
+    {
+        report.output_to_server = false;
+    }
+}
+
+/// Whether a report goes to the server's log at that log_min_messages: is_log_level_output() of elog.c.
+fn is_logged(level: c_int, minimum: c_int) -> bool {
+    let (level, minimum) = (level as u32, minimum as u32);
+    if level == pg_sys::LOG || level == pg_sys::LOG_SERVER_ONLY {
+        minimum == pg_sys::LOG || minimum <= pg_sys::PGERROR
+    } else if level == pg_sys::WARNING_CLIENT_ONLY {
+        false
+    } else if minimum == pg_sys::LOG {
+        level >= pg_sys::FATAL
+    } else {
+        level >= minimum
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sqlstate_is_unpacked() {
+        let packed = pg_sys::errcodes::PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION as c_int;
+        assert_eq!(&sqlstate(packed), b"23505");
+        let packed = pg_sys::errcodes::PgSqlErrorCode::ERRCODE_T_R_DEADLOCK_DETECTED as c_int;
+        assert_eq!(&sqlstate(packed), b"40P01");
+    }
+
+    #[test]
+    fn the_type_of_a_conflict_is_read_from_the_report() {
+        assert_eq!(conflict(b"..", b"logical replication did not find row to be updated in .."), b"update_missing");
+        assert_eq!(conflict(b"..", b"logical replication did not find row to be deleted in .."), b"delete_missing");
+        let told = b"conflict detected on relation \"public.conflict=t\": conflict=update_origin_differs";
+        assert_eq!(conflict(told, DETECTED), b"update_origin_differs");
+    }
+
+    #[test]
+    fn log_levels_are_those_of_core() {
+        for (level, minimum, logged) in [
+            (pg_sys::DEBUG1, pg_sys::WARNING, false),
+            (pg_sys::LOG, pg_sys::WARNING, true),
+            (pg_sys::LOG, pg_sys::FATAL, false),
+            (pg_sys::PGERROR, pg_sys::LOG, false),
+            (pg_sys::FATAL, pg_sys::LOG, true),
+            (pg_sys::NOTICE, pg_sys::WARNING, false),
+        ] {
+            assert_eq!(is_logged(level as c_int, minimum as c_int), logged, "{level} at {minimum}");
+        }
+    }
+}

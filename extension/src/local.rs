@@ -1,0 +1,50 @@
+//! Transactions that stay on this node: the log of conflicts, and what makes room for a remote change.
+//!
+//! Such a transaction carries the origin `DoNotReplicateId`, which core itself keeps for changes that no subscription
+//! with `origin = none` shall get: it needs no entry in a catalog, any number of processes may use it at once, and recovery
+//! knows it. It also passes read-only mode: what mends replication must not require opening the database.
+
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use pgrx::pg_sys;
+
+use crate::compat;
+
+/// The local id of the transaction that stays here; 0 if none does.
+static LOCAL: AtomicU32 = AtomicU32::new(0);
+
+pub fn init() {
+    // SAFETY: called from _PG_init in the postmaster; backends inherit the callback.
+    unsafe { pg_sys::RegisterXactCallback(Some(transaction_event), compat::NO_ARGUMENT) };
+}
+
+/// Whether this process's transaction stays here.
+#[inline]
+pub fn is_active() -> bool {
+    let local = LOCAL.load(Relaxed);
+    local != 0 && local == compat::my_local_xid()
+}
+
+/// Keeps all of this transaction here, which must not have written before: the origin of its commit is that of all of it.
+pub fn begin() {
+    LOCAL.store(compat::my_local_xid(), Relaxed);
+    // SAFETY: backend-local variables. Without a time of its own core sets the time to that of the commit, and there it
+    // would stay for the next transaction.
+    unsafe {
+        pg_sys::replorigin_session_origin = pg_sys::DoNotReplicateId as pg_sys::RepOriginId;
+        pg_sys::replorigin_session_origin_timestamp = 0;
+        pg_sys::XactReadOnly = false;
+    }
+}
+
+unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _argument: *mut c_void) {
+    use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
+    if matches!(event, XACT_EVENT_COMMIT | XACT_EVENT_ABORT | XACT_EVENT_PREPARE) && LOCAL.swap(0, Relaxed) != 0 {
+        // SAFETY: as in begin().
+        unsafe {
+            pg_sys::replorigin_session_origin = pg_sys::InvalidRepOriginId as pg_sys::RepOriginId;
+            pg_sys::replorigin_session_origin_timestamp = 0;
+        }
+    }
+}
