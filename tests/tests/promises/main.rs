@@ -4,6 +4,7 @@ use std::time::Duration;
 
 mod agent;
 mod answers;
+mod conflicts;
 mod contract;
 mod down;
 mod harness;
