@@ -85,6 +85,8 @@ create table multihome.log (
     resolved_at timestamptz,
     blocking boolean not null,
     settling boolean not null default false,
+    -- What was decided, while resolution says it in words: local, remote or skip.
+    answer text,
     primary key (node, id)
 );
 create index log_open on multihome.log (node) where status = 'open';
@@ -157,7 +159,7 @@ create view multihome.faults as
       left join pg_catalog.pg_stat_subscription w on w.subid = f.subscription_oid and w.relid is null and w.pid is not null
      where f.node = multihome.node_id();
 comment on view multihome.faults is
-'Troubles of replication that are no fault of the data and end by themselves: a lost connection, a deadlock, a full disk (SQLSTATE 40001, 40P01, 55P03, classes 08, 53, 57).
+'Troubles of replication that are no fault of the data and end by themselves: a lost connection, a deadlock, a full disk (SQLSTATE 40001, 40P01, 55P03, 55006, classes 08, 53, 57).
 first_seen: when the present or last such time began. healed: the subscription has heard from its peer since.';
 
 -- Rows of user tables, as JSON.
@@ -225,16 +227,19 @@ language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    whole jsonb;
+    whole jsonb := tuple;
+    cut boolean := tuple @? '$.* ? (exists (@.cut) || exists (@.binary))';
 begin
-    select jsonb_object_agg(key, value) into whole from jsonb_each(tuple) where not multihome.is_cut(value);
-    if relation is null or whole is null then
+    if relation is null or tuple is null then
         return tuple;
     end if;
-    whole := multihome.as_role(multihome.owner_of(relation),
+    if cut then
+        select coalesce(jsonb_object_agg(key, value), '{}') into whole from jsonb_each(tuple) where not multihome.is_cut(value);
+    end if;
+    whole := multihome.as_role((select relowner from pg_class where oid = relation),
         format('select to_jsonb(r)::text from jsonb_populate_record(null::%s, $1::jsonb) as r', relation::regclass), whole::text);
-    return (select jsonb_object_agg(key, case when multihome.is_cut(value) or not whole ? key then value else whole -> key end)
-              from jsonb_each(tuple));
+    return (select jsonb_object_agg(t.key, case when whole ? t.key and not (cut and multihome.is_cut(t.value)) then whole -> t.key else t.value end)
+              from jsonb_each(tuple) as t);
 exception when others then
     return tuple;
 end $$;
@@ -343,7 +348,7 @@ comment on function multihome.scrubbed(text) is 'A text without the passwords of
 create function multihome.is_transient(sqlstate text) returns boolean
 language sql immutable parallel safe
 set search_path = pg_catalog, pg_temp
-return sqlstate in ('40001', '40P01', '55P03') or left(sqlstate, 2) in ('08', '53', '57');
+return sqlstate in ('40001', '40P01', '55P03', '55006') or left(sqlstate, 2) in ('08', '53', '57');
 revoke execute on function multihome.is_transient(text) from public;
 comment on function multihome.is_transient(text) is 'Whether an error is no fault of the data and ends by itself, so that nothing may ever be skipped because of it.';
 
@@ -376,8 +381,8 @@ as $$
 declare
     happened timestamptz := (event ->> 'at')::timestamptz;
     kind text := event ->> 'kind';
-    seen_changes jsonb;
-    -- Which of them did not go in; with all its values, whatever may be kept.
+    redacting boolean := current_setting('stillebot.redact') <> '';
+    -- Which change did not go in; with all its values, whatever may be kept.
     change jsonb;
     way jsonb := '[]';
     redacted boolean;
@@ -398,13 +403,19 @@ begin
                     -- After a minute of peace it is another trouble.
                     first_seen = case when f.last_seen < excluded.last_seen - interval '1 minute' then excluded.last_seen else f.first_seen end,
                     occurrences = case when f.last_seen < excluded.last_seen - interval '1 minute' then 1 else f.occurrences + 1 end;
+        -- The worker before this one had not let go of its origin or slot yet: no reason to wait for the next turn.
+        if entry.sqlstate = '55006' or event ->> 'message' ~ 'is active for PID' then
+            perform multihome.restart(entry.subscription_oid);
+        end if;
         return 0;
     end if;
 
-    select coalesce(jsonb_agg(case when multihome.is_redacted(c ->> 'schemaname', c ->> 'relname') then c - 'tuple' else c end order by place), '[]')
-      into seen_changes
-      from jsonb_array_elements(event -> 'changes') with ordinality as t (c, place);
-    entry.changes := seen_changes;
+    entry.changes := event -> 'changes';
+    if redacting then
+        select coalesce(jsonb_agg(case when multihome.is_redacted(c ->> 'schemaname', c ->> 'relname') then c - 'tuple' else c end order by place), '[]')
+          into entry.changes
+          from jsonb_array_elements(event -> 'changes') with ordinality as t (c, place);
+    end if;
     entry.changes_seen := coalesce((event ->> 'seen')::integer, 0);
     entry.changes_complete := (event ->> 'complete')::boolean;
 
@@ -413,7 +424,10 @@ begin
            set changes = entry.changes, changes_seen = entry.changes_seen, changes_complete = entry.changes_complete,
                status = 'skipped', blocking = false, resolved_at = coalesce(l.resolved_at, happened),
                resolved_by = coalesce(l.resolved_by, 'alter subscription'),
-               resolution = 'transaction skipped; lost: ' || multihome.summary(entry.changes, entry.changes_complete)
+               answer = 'skip',
+               -- Whoever skipped it may have said why.
+               resolution = coalesce(substring(l.resolution from '^(.*)transaction skipped; lost: '), '')
+                            || 'transaction skipped; lost: ' || multihome.summary(entry.changes, entry.changes_complete)
          where l.node = entry.node and l.subscription_oid = entry.subscription_oid and l.remote_commit_lsn = entry.remote_commit_lsn
            and (l.blocking or l.status = 'skipped');
         return 0;
@@ -428,16 +442,16 @@ begin
         select n.nspname, c.relname into entry.schemaname, entry.relname
           from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = entry.relation;
     else
-        entry.relation := to_regclass(format('%I.%I', entry.schemaname, entry.relname));
+        entry.relation := to_regclass(quote_ident(entry.schemaname) || '.' || quote_ident(entry.relname));
     end if;
-    redacted := multihome.is_redacted(entry.schemaname, entry.relname);
+    redacted := redacting and multihome.is_redacted(entry.schemaname, entry.relname);
 
     entry.conflict_type := 'apply_error';
     begin
         if kind = 'silent' then
             entry.conflict_type := event ->> 'conflict_type';
         elsif entry.sqlstate = '23505'
-              and (event ? 'conflict_type' or to_regclass(format('%I.%I', event ->> 'schemaname', event ->> 'relname'))
+              and (event ? 'conflict_type' or to_regclass(quote_ident(event ->> 'schemaname') || '.' || quote_ident(event ->> 'relname'))
                                               in (select entry.relation union all select relid from pg_partition_tree(entry.relation))) then
             if change is null and event ->> 'transaction_kind' = 'streamed' then
                 -- Applied out of a file: the rows tell which change of the table it was.
@@ -471,7 +485,7 @@ begin
     entry.remote_commit_ts := (event ->> 'remote_commit_ts')::timestamptz;
     entry.replica_identity := multihome.typed(entry.relation, change -> 'key');
     entry.remote_tuple := case when not redacted then multihome.typed(entry.relation, change -> 'tuple') end;
-    entry.local_conflicts := multihome.without_places(way, true);
+    entry.local_conflicts := case when way = '[]' then way else multihome.without_places(way, true) end;
     entry.message := multihome.scrubbed(event ->> 'message');
     entry.detail := multihome.scrubbed(event ->> 'detail');
     entry.context := multihome.scrubbed(event ->> 'context');
@@ -524,7 +538,7 @@ begin
         if known.status <> 'open' and entry.status = 'open' then
             perform pg_notify('stillebot_conflict', known.id::text);
         end if;
-        if known.status = 'resolved' and known.resolution like 'kept local%' then
+        if known.status = 'resolved' and known.answer = 'local' and entry.blocking then
             perform multihome.exclude(known.subscription_oid, known.remote_commit_lsn, known.change_number);
             perform multihome.restart(known.subscription_oid);
         end if;
@@ -547,7 +561,7 @@ as $$
 begin
     update multihome.log as l
        set blocking = false,
-           status = case when l.settling then l.status when l.resolution like 'transaction skipped%' then 'skipped' else 'resolved' end,
+           status = case when l.settling then l.status when l.answer = 'skip' then 'skipped' else 'resolved' end,
            resolution = case when l.settling then l.resolution else coalesce(l.resolution, 'apply went on') end,
            resolved_by = case when l.settling then l.resolved_by else coalesce(l.resolved_by, 'replication') end,
            resolved_at = case when l.settling then l.resolved_at else coalesce(l.resolved_at, clock_timestamp()) end
@@ -571,7 +585,7 @@ set search_path = pg_catalog, pg_temp
 begin atomic
     select count(*) filter (where multihome.exclude(l.subscription_oid, l.remote_commit_lsn, l.change_number))
       from multihome.log l
-     where l.node = multihome.node_id() and l.resolution like 'kept local%' and l.change_number is not null
+     where l.node = multihome.node_id() and l.answer = 'local' and l.conflict_type in ('insert_exists', 'update_exists', 'multiple_unique_conflicts')
        and l.remote_commit_lsn is not null and coalesce(multihome.progress(l.subscription_oid) < l.remote_commit_lsn, true)
        and exists (select from pg_subscription s where s.oid = l.subscription_oid);
 end;
@@ -683,7 +697,7 @@ begin
     end if;
     execute format('alter subscription %I skip (lsn = %L)', (select subname from pg_subscription where oid = entry.subscription_oid), entry.remote_commit_lsn);
     update multihome.log as l
-       set status = 'skipped', resolved_by = session_user, resolved_at = clock_timestamp(), blocking = false,
+       set status = 'skipped', answer = 'skip', resolved_by = session_user, resolved_at = clock_timestamp(), blocking = false,
            resolution = 'transaction skipped; lost: ' || multihome.summary(l.changes, false)
      where l.node = entry.node and l.subscription_oid = entry.subscription_oid and l.remote_commit_lsn = entry.remote_commit_lsn and l.blocking;
     perform multihome.go_on(entry);
@@ -712,7 +726,7 @@ declare
     -- For a redacted table the key is all there is.
     tuple jsonb := coalesce(change -> 'tuple', change -> 'key');
 begin
-    if tuple is null or to_regclass(format('%I.%I', entry.schemaname, entry.relname)) is distinct from entry.relation then
+    if tuple is null or to_regclass(quote_ident(entry.schemaname) || '.' || quote_ident(entry.relname)) is distinct from entry.relation then
         raise object_not_in_prerequisite_state using message = format('the incoming row of conflict %s is not known', entry.id),
             hint = 'Change the row in the way by hand, or skip the transaction: stillebot_skip().';
     end if;
@@ -766,6 +780,9 @@ comment on function multihome.refuse_if_referenced(oid, jsonb) is 'An error if a
 create function public.stillebot_resolve(conflict_id bigint, keep text) returns text
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set timezone = 'UTC'
+set intervalstyle = postgres
+set bytea_output = hex
 as $$
 declare
     entry multihome.log;
@@ -799,7 +816,7 @@ begin
             advice := 'on the other node, delete the row that this node does not have';
         end if;
         update multihome.log as l
-           set status = 'resolved', blocking = false, resolved_by = session_user, resolved_at = clock_timestamp(),
+           set status = 'resolved', blocking = false, answer = kept, resolved_by = session_user, resolved_at = clock_timestamp(),
                resolution = case kept when 'remote' then 'kept remote: row inserted' else 'kept local: the row stays deleted' end
          where l.node = entry.node and l.id = entry.id;
         return format('%s; %s', case kept when 'remote' then 'the incoming row was inserted here' else 'the row stays deleted here' end, advice);
@@ -839,7 +856,7 @@ begin
         advice := 'on the other node, keep its local row (the one that comes here): its remote row shall be left out';
     end if;
     update multihome.log as l
-       set status = 'resolved', resolved_by = session_user, resolved_at = clock_timestamp(),
+       set status = 'resolved', blocking = false, answer = kept, resolved_by = session_user, resolved_at = clock_timestamp(),
            local_conflicts = case when way = '[]' then l.local_conflicts
                                   when multihome.is_redacted(l.schemaname, l.relname) and kept = 'local' then l.local_conflicts
                                   else multihome.without_places(way, false) end,
@@ -900,6 +917,9 @@ comment on function multihome.insert_row(oid, jsonb) is 'Inserts a row as the ap
 create function multihome.make_room(conflict_id bigint, assignments jsonb) returns setof jsonb
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set timezone = 'UTC'
+set intervalstyle = postgres
+set bytea_output = hex
 as $$
 declare
     entry multihome.log := multihome.open_conflict(conflict_id, 'multihome.make_room()');
@@ -958,6 +978,9 @@ create function multihome.versions(conflict_id bigint, keys jsonb)
 returns table (key jsonb, tuple jsonb, commit_ts timestamptz, origin text)
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set timezone = 'UTC'
+set intervalstyle = postgres
+set bytea_output = hex
 as $$
 declare
     entry multihome.log;
@@ -1024,6 +1047,9 @@ comment on function multihome.remove(bigint, jsonb) is 'An ordinary DELETE, whic
 create function multihome.put(conflict_id bigint, tuple jsonb) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set timezone = 'UTC'
+set intervalstyle = postgres
+set bytea_output = hex
 as $$
 declare
     key jsonb;
@@ -1048,13 +1074,16 @@ as $$
 begin
     perform multihome.begin_local('multihome.settle()');
     update multihome.log as l
-       set status = 'resolved', blocking = false, settling = false, resolution = settle.resolution,
+       set status = case l.status when 'open' then 'resolved' else l.status end, blocking = false, settling = false,
+           resolution = settle.resolution || case when l.status <> 'open' and l.answer is not null then '; ' || l.resolution else '' end,
            resolved_by = coalesce(by_whom, session_user), resolved_at = clock_timestamp()
-     where l.node = multihome.node_id() and l.id = conflict_id and l.status = 'open';
+     where l.node = multihome.node_id() and l.id = conflict_id
+       and (l.status = 'open' or l.answer is not null and l.resolved_by = session_user);
     return found;
 end $$;
 revoke execute on function multihome.settle(bigint, text, text) from public;
-comment on function multihome.settle(bigint, text, text) is 'Marks an open conflict as resolved, and says how and by whom. False: it was closed already, or is not there.';
+comment on function multihome.settle(bigint, text, text) is
+'Marks an open conflict as resolved, and says how and by whom; of one that the same role has just resolved or skipped it says the reason. False: it was closed otherwise, or is not there.';
 
 create function multihome.note(conflict_id bigint, resolution text) returns void
 language plpgsql security definer
@@ -1093,7 +1122,10 @@ begin atomic
               from multihome.faults f where not f.healed),
            (select array_agg(format('subscription %I applies in parallel, where conflicts are seen without their rows: ALTER SUBSCRIPTION %I SET (streaming = on)', s.subname, s.subname) order by s.subname)
               from pg_subscription s join pg_database d on d.oid = s.subdbid
-             where d.datname = current_database() and s.substream = 'p');
+             where d.datname = current_database() and s.substream = 'p')
+           || (select array_agg(format('subscription %I is disabled by any error, a lost connection included: ALTER SUBSCRIPTION %I SET (disable_on_error = false)', s.subname, s.subname) order by s.subname)
+                 from pg_subscription s join pg_database d on d.oid = s.subdbid
+                where d.datname = current_database() and s.subdisableonerr);
 end;
 comment on function multihome.health() is 'What stillebot_status() says of replication: numbers, SQLSTATEs and names, no data.';
 

@@ -8,23 +8,27 @@
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use pgrx::bgworkers::{BackgroundWorker, BackgroundWorkerBuilder, BgWorkerStartTime, SignalWakeFlags};
+use pgrx::bgworkers::{
+    BackgroundWorker, BackgroundWorkerBuilder, BackgroundWorkerStatus, BgWorkerStartTime, DynamicBackgroundWorker,
+    SignalWakeFlags,
+};
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgTryBuilder, pg_sys};
 
 use crate::event::Event;
 use crate::shmem::{self, Queue};
-use crate::{compat, local};
+use crate::{compat, conflicts, local};
 
 /// How often the launcher and collectors look without having been woken: a wake-up can get lost when the one to be woken
 /// is just being replaced.
 const LOOK: Duration = Duration::from_secs(1);
 /// How often a collector looks whether old rows can go and whether its database still has subscriptions.
 const UPKEEP: Duration = Duration::from_secs(5);
-/// How long a failed event is left alone.
+/// How long an event that could not be recorded is left alone before it is tried again.
 const PAUSE: Duration = Duration::from_millis(500);
-/// How often one event is tried as it is, and then how often without its data.
-const ATTEMPTS: u32 = 2;
+/// Events that are recorded in one transaction.
+const BATCH: usize = 100;
+const RECORD: &str = "select multihome.record($1::jsonb)";
 
 /// Whether this process is a collector. Set before it connects, because its database may be down.
 static THIS_PROCESS: AtomicBool = AtomicBool::new(false);
@@ -50,17 +54,17 @@ pub fn init() {
 pub extern "C-unwind" fn stillebot_launcher_main(_argument: pg_sys::Datum) {
     BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP | SignalWakeFlags::SIGTERM);
     shmem::become_launcher();
-    // One that was started needs a moment to say that it is there.
-    let mut started: Vec<(u32, Instant)> = Vec::new();
+    // From its start to its end, that is, also before it has said that it is there.
+    let mut started: Vec<(u32, DynamicBackgroundWorker)> = Vec::new();
     loop {
-        started.retain(|(_, at)| at.elapsed() < LOOK);
+        started.retain(|(_, worker)| !matches!(worker.pid(), Err(BackgroundWorkerStatus::Stopped)));
         for database in shmem::uncollected() {
             if started.iter().any(|(known, _)| *known == database) {
                 continue;
             }
-            started.push((database, Instant::now()));
-            // Without a free place among max_worker_processes there is none now, and one later.
-            let _ = BackgroundWorkerBuilder::new("stillebot collector")
+            // SAFETY: a backend-local value.
+            let launcher = unsafe { pg_sys::MyProcPid };
+            let worker = BackgroundWorkerBuilder::new("stillebot collector")
                 .set_type("stillebot collector")
                 .set_library("stillebot")
                 .set_function("stillebot_collector_main")
@@ -68,7 +72,12 @@ pub extern "C-unwind" fn stillebot_launcher_main(_argument: pg_sys::Datum) {
                 .enable_spi_access()
                 .set_start_time(BgWorkerStartTime::RecoveryFinished)
                 .set_restart_time(None)
+                .set_notify_pid(launcher)
                 .load_dynamic();
+            // Without a free place among max_worker_processes there is none now, and one later.
+            if let Ok(worker) = worker {
+                started.push((database, worker));
+            }
         }
         if !BackgroundWorker::wait_latch(Some(LOOK)) {
             return;
@@ -113,11 +122,8 @@ unsafe extern "C-unwind" fn leave(_code: i32, database: pg_sys::Datum) {
 }
 
 fn collect(queue: &'static Queue) {
-    let mut record = Vec::new();
-    let mut attempts = 0;
-    let mut pause = LOOK;
     // At once, for what was resolved before the server started must be in force before apply comes there.
-    run("select multihome.resume()", None);
+    run("select multihome.resume()", &[]);
     let mut upkeep_at = Instant::now();
     let mut first = true;
     loop {
@@ -127,66 +133,104 @@ fn collect(queue: &'static Queue) {
                 pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
             }
         }
-        let mut news = first;
+        if drain(queue) || first || queue.is_open() {
+            queue.set_open(run("select multihome.sweep()", &[]).unwrap_or(0) as u32);
+        }
         first = false;
-        while queue.ring().peek(&mut record) {
-            news = true;
-            match recorded(&record, attempts >= ATTEMPTS) {
-                true => {
-                    queue.ring().pop();
-                    attempts = 0;
-                }
-                false if attempts + 1 < 2 * ATTEMPTS => {
-                    attempts += 1;
-                    pause = PAUSE;
-                    break;
-                }
-                false => {
-                    queue.ring().pop();
-                    queue.ring().count_dropped();
-                    attempts = 0;
-                }
-            }
-            pgrx::check_for_interrupts!();
-        }
-        if news || queue.is_open() {
-            queue.set_open(run("select multihome.sweep()", None).unwrap_or(0) as u32);
-        }
         if upkeep_at.elapsed() >= UPKEEP {
             upkeep_at = Instant::now();
-            run("select multihome.upkeep()", None);
+            run("select multihome.upkeep()", &[]);
             if subscriptions() == Some(0) {
                 queue.dismiss();
                 return;
             }
         }
-        if !BackgroundWorker::wait_latch(Some(pause)) {
+        if !BackgroundWorker::wait_latch(Some(LOOK)) || is_ending() {
             return;
         }
-        pause = LOOK;
     }
 }
 
-/// Has one event written down. `bare`: without the rows that came and the rows that are in the way.
-fn recorded(record: &[u8], bare: bool) -> bool {
-    let Some(mut event) = Event::read(record) else { return false };
-    if bare {
-        event.changes = &[];
+/// Has everything that is in the queue written down; whether there was anything.
+fn drain(queue: &Queue) -> bool {
+    let ring = queue.ring();
+    let mut any = false;
+    loop {
+        // Many in one transaction: a flush of the WAL takes longer than an event.
+        let (mut position, mut events, mut record) = (ring.start(), Vec::new(), Vec::new());
+        while events.len() < BATCH
+            && let Some(next) = ring.read(position, &mut record)
+        {
+            events.push((next, std::mem::take(&mut record)));
+            position = next;
+        }
+        if events.is_empty() || is_ending() {
+            return any;
+        }
+        any = true;
+        let texts: Vec<Vec<u8>> = events.iter().map(|(_, record)| json(record, false)).collect();
+        if run(RECORD, &texts).is_some() {
+            ring.remove_to(position);
+            continue;
+        }
+        // One of them cannot be recorded, or none can now: one by one.
+        for (next, record) in events {
+            if !recorded(&record) {
+                if is_ending() {
+                    return any; // It stays for the next collector.
+                }
+                ring.count_dropped();
+            }
+            ring.remove_to(next);
+        }
     }
-    run("select multihome.record($1::jsonb)", Some(event.to_json())).is_some()
+}
+
+/// Has one event written down, if it can be: if need be, after a while, and without the rows that it brings.
+fn recorded(record: &[u8]) -> bool {
+    for bare in [false, true, true] {
+        if is_ending() {
+            return false;
+        }
+        if run(RECORD, &[json(record, bare)]).is_some() {
+            return true;
+        }
+        let until = Instant::now() + PAUSE;
+        while Instant::now() < until {
+            if !BackgroundWorker::wait_latch(Some(until.saturating_duration_since(Instant::now()))) {
+                return false;
+            }
+        }
+    }
+    false
+}
+
+/// Whether this process was told to end.
+fn is_ending() -> bool {
+    // SAFETY: a flag that a signal handler sets.
+    unsafe { (&raw const pg_sys::ShutdownRequestPending).read_volatile() != 0 }
+}
+
+fn json(record: &[u8], bare: bool) -> Vec<u8> {
+    match Event::read(record) {
+        Some(event) if bare => Event { changes: &[], ..event }.to_json(),
+        Some(event) => event.to_json(),
+        None => Vec::new(), // Which no cast accepts.
+    }
 }
 
 /// How many subscriptions this database has.
 fn subscriptions() -> Option<i64> {
     run(
         "select count(*) from pg_subscription s where s.subdbid = (select oid from pg_database where datname = current_database())",
-        None,
+        &[],
     )
 }
 
-/// Runs a query that returns one bigint, in a transaction of its own that stays on this node. `None` if it failed, which
-/// has been reported to the server's log, or if the extension is not there.
-fn run(query: &str, argument: Option<Vec<u8>>) -> Option<i64> {
+/// Runs a query that returns one bigint, in a transaction of its own that stays on this node: once for each text, which is
+/// its parameter, or once without. Returns the last number. `None` if it failed, which has been reported to the server's
+/// log, or if the extension is not there.
+fn run(query: &str, texts: &[Vec<u8>]) -> Option<i64> {
     // SAFETY: the outermost frame of a process that is connected to a database; an ERROR is caught below.
     unsafe {
         pg_sys::SetCurrentStatementStartTimestamp();
@@ -196,11 +240,18 @@ fn run(query: &str, argument: Option<Vec<u8>>) -> Option<i64> {
     }
     let result = PgTryBuilder::new(|| {
         // SAFETY: a transaction is in progress.
-        let there = unsafe { pg_sys::get_extension_oid(c"stillebot".as_ptr(), true) } != pg_sys::InvalidOid;
-        Ok(there.then(|| {
-            let argument = argument.map(compat::valid_in_server_encoding);
-            crate::conflicts::one_bigint(query, argument.as_deref())
-        }))
+        if unsafe { pg_sys::get_extension_oid(c"stillebot".as_ptr(), true) } == pg_sys::InvalidOid {
+            return Ok(None);
+        }
+        if texts.is_empty() {
+            return Ok(conflicts::one_bigint(query, &[]));
+        }
+        let mut last = None;
+        for text in texts {
+            let text = compat::valid_in_server_encoding(text.clone());
+            last = conflicts::one_bigint(query, &[Some(&text)]);
+        }
+        Ok(last)
     })
     .catch_others(|error| Err(describe(&error)))
     .execute();
@@ -212,7 +263,7 @@ fn run(query: &str, argument: Option<Vec<u8>>) -> Option<i64> {
                 pg_sys::CommitTransactionCommand();
                 pg_sys::pgstat_report_stat(true);
             }
-            value.flatten()
+            value
         }
         Err(message) => {
             // SAFETY: the error has been taken from PostgreSQL; this undoes everything since StartTransactionCommand().

@@ -71,11 +71,11 @@ fn multihome_dropped() -> i64 {
     shmem::queue(database.to_u32(), false).map_or(0, |queue| queue.ring().dropped() as i64)
 }
 
-/// The bigint that a query returns; its parameter, if any, is a text in the server's encoding. May raise.
-pub fn one_bigint(query: &str, argument: Option<&[u8]>) -> Option<i64> {
+/// The bigint that a query returns; its parameters are texts in the server's encoding. May raise.
+pub fn one_bigint(query: &str, arguments: &[Option<&[u8]>]) -> Option<i64> {
     let query = compat::c_string(query);
     // SAFETY: the query returns a bigint.
-    unsafe { first_column(&query, &[argument], |datum| datum.value() as i64) }
+    unsafe { first_column(&query, arguments, |datum| datum.value() as i64) }
 }
 
 /// The first column of the first row of a query with texts as parameters.

@@ -13,7 +13,7 @@ static mut STATE: *mut c_char = null_mut();
 static mut NODE: *mut c_char = null_mut();
 static mut REDACT: *mut c_char = null_mut();
 static mut MAX_TUPLE_SIZE: c_int = 64;
-static mut LOG_BUFFER: c_int = 1024;
+static mut LOG_BUFFER: c_int = 2048;
 static mut RETENTION: c_int = 30 * 24 * 60;
 
 /// Whether this session was told at its start that its database is down. Never changes afterwards.
@@ -93,7 +93,7 @@ pub fn init() {
                 .as_ptr(),
             c"What does not fit is counted, and lost.".as_ptr(),
             &raw mut LOG_BUFFER,
-            1024,
+            2048,
             1024,
             1024 * 1024,
             pg_sys::GucContext::PGC_POSTMASTER,

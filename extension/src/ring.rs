@@ -83,37 +83,39 @@ impl<'a> Ring<'a> {
         true
     }
 
-    /// Copies the oldest record, which stays. For the consumer only. False if there is none, or its producer is still at
-    /// work on it.
-    pub fn peek(&self, record: &mut Vec<u8>) -> bool {
-        record.clear();
-        let tail = self.positions.tail.load(Relaxed);
-        let length = self.word(tail).load(Acquire);
-        if length == 0 {
-            return false;
-        }
-        let mut at = tail + WORD;
-        while (record.len() as u64) < length {
-            let bytes = self.word(at).load(Relaxed).to_le_bytes();
-            let take = (length - record.len() as u64).min(WORD) as usize;
-            record.extend_from_slice(&bytes[..take]);
-            at += WORD;
-        }
-        true
+    /// Where the oldest record is. For the consumer only.
+    pub fn start(&self) -> u64 {
+        self.positions.tail.load(Relaxed)
     }
 
-    /// Removes the record that [`Ring::peek`] showed. For the consumer only.
-    pub fn pop(&self) {
-        let tail = self.positions.tail.load(Relaxed);
-        let length = self.word(tail).load(Relaxed);
-        if length == 0 {
-            return;
+    /// Copies the record at a position, which stays, and returns the position after it. For the consumer only, from
+    /// [`Ring::start`] on. `None` if there is none, or its producer is still at work on it.
+    pub fn read(&self, at: u64, record: &mut Vec<u8>) -> Option<u64> {
+        record.clear();
+        // After a record that ends at the end of the room, there is the first one again.
+        if at - self.start() >= self.words.len() as u64 * WORD {
+            return None;
         }
-        let next = tail + place(length);
-        for at in (tail..next).step_by(WORD as usize) {
+        let length = self.word(at).load(Acquire);
+        if length == 0 {
+            return None;
+        }
+        let mut word = at + WORD;
+        while (record.len() as u64) < length {
+            let bytes = self.word(word).load(Relaxed).to_le_bytes();
+            let take = (length - record.len() as u64).min(WORD) as usize;
+            record.extend_from_slice(&bytes[..take]);
+            word += WORD;
+        }
+        Some(at + place(length))
+    }
+
+    /// Removes the records before a position that [`Ring::read`] returned. For the consumer only.
+    pub fn remove_to(&self, position: u64) {
+        for at in (self.start()..position).step_by(WORD as usize) {
             self.word(at).store(0, Relaxed);
         }
-        self.positions.tail.store(next, Release);
+        self.positions.tail.store(position, Release);
     }
 
     /// Counts a record as dropped that never came here, or that was taken and could not be used.
@@ -171,9 +173,18 @@ mod tests {
                         }
                     }
                     None => {
-                        prop_assert_eq!(ring.peek(&mut record).then(|| record.clone()), model.front().cloned());
-                        ring.pop();
-                        if let Some(gone) = model.pop_front() {
+                        // All of them, one after the other; then the first goes.
+                        let (mut at, mut first) = (ring.start(), None);
+                        for expected in &model {
+                            let next = ring.read(at, &mut record);
+                            prop_assert!(next.is_some());
+                            prop_assert_eq!(&record, expected);
+                            at = next.unwrap_or_default();
+                            first = first.or(next);
+                        }
+                        prop_assert_eq!(ring.read(at, &mut record), None);
+                        if let (Some(gone), Some(first)) = (model.pop_front(), first) {
+                            ring.remove_to(first);
                             used -= place(gone.len() as u64);
                         }
                     }
@@ -205,7 +216,7 @@ mod tests {
             let mut record = Vec::new();
             loop {
                 let done = producers.iter().all(|producer| producer.is_finished());
-                if ring.peek(&mut record) {
+                if let Some(next) = ring.read(ring.start(), &mut record) {
                     let word = |at: usize| u64::from_le_bytes(record[at..at + 8].try_into().unwrap());
                     let (producer, number) = (word(0), word(8));
                     assert_eq!(record.len() as u64, 16 + number % 60);
@@ -213,7 +224,7 @@ mod tests {
                     assert!(seen[producer as usize].is_none_or(|last| last < number), "out of order");
                     seen[producer as usize] = Some(number);
                     count += 1;
-                    ring.pop();
+                    ring.remove_to(next);
                 } else if done {
                     break;
                 }

@@ -285,7 +285,7 @@ impl Server {
     }
 
     /// The TLS part of a connection string for this server's own processes as clients of another server.
-    pub(crate) fn outgoing_tls(&self, role: &str) -> Result<String> {
+    pub fn outgoing_tls(&self, role: &str) -> Result<String> {
         self.client_files(role, true)
     }
 

@@ -170,3 +170,324 @@ async fn a_conflict_is_told_by_notification_within_a_second() -> Result<()> {
     cluster.wait_applied("sikorsky", "gideon").await?;
     cluster.finish().await
 }
+
+/// Ends the process that collects events on a node, if there is one.
+async fn end_collector(node: &Server) -> Result<bool> {
+    let query = "select count(*) > 0 from (select pg_terminate_backend(pid) from pg_stat_activity \
+                 where backend_type = 'stillebot collector') ended";
+    node.value("postgres", query).await
+}
+
+/// Each node deletes rows that the other one updates, in as many transactions: the updates find nothing.
+#[tokio::test]
+async fn a_storm_of_conflicts_loses_no_row_uncounted_and_stalls_nothing_while_the_collector_is_killed() -> Result<()> {
+    const EACH: i64 = 5_000;
+    let cluster = Cluster::start().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    sikorsky
+        .execute(DATABASE, &format!("insert into stillebot.raids select g, g from generate_series(1, {}) g", 2 * EACH))
+        .await?;
+    cluster.wait_replicated().await?;
+    let links = [cluster.link("sikorsky", "gideon"), cluster.link("gideon", "sikorsky")];
+    for link in links {
+        link.cut().await?;
+    }
+    for (node, deleting, updating) in [(sikorsky, 1, EACH + 1), (gideon, EACH + 1, 1)] {
+        let client = node.superuser(DATABASE).await?;
+        client.batch_execute("set synchronous_commit = off").await?;
+        for (statement, from) in [("delete from", deleting), ("update", updating)] {
+            let set = if statement == "update" { "set data = '1'" } else { "" };
+            let one = format!("{statement} stillebot.raids {set} where fromid = i; commit;");
+            let to = from + EACH - 1;
+            client.batch_execute(&format!("do $$ begin for i in {from}..{to} loop {one} end loop; end $$")).await?;
+        }
+    }
+    for link in links {
+        link.heal().await?;
+    }
+
+    let (mut ended, mut highest, mut told) = (0, 0, [0, 0]);
+    let deadline = Instant::now() + 4 * PATIENCE;
+    while told.iter().any(|told| *told < EACH) {
+        ensure!(Instant::now() < deadline, "{told:?} of {EACH} were told: {}", gideon.log_tail(10));
+        for (node, told) in [sikorsky, gideon].into_iter().zip(&mut told) {
+            ended += i32::from(end_collector(node).await?);
+            highest = highest.max(resident(node)?);
+            let query = "select (select coalesce(sum(occurrences), 0)::bigint from multihome.conflicts
+                                  where conflict_type = 'update_missing') + events_dropped from stillebot_status()";
+            *told = node.value(DATABASE, query).await?;
+        }
+    }
+    ensure!(ended > 2, "the collectors were ended {ended} times");
+    cluster.wait_replicated().await?;
+    for node in [sikorsky, gideon] {
+        let rows: i64 = node.value(DATABASE, "select count(*) from multihome.conflicts").await?;
+        let dropped: i64 = node.value(DATABASE, "select events_dropped from stillebot_status()").await?;
+        println!("{}: {rows} rows, {dropped} dropped, {ended} collectors ended, {highest} kB", node.name());
+        ensure!(rows > 0 && rows + dropped >= EACH, "{}: {rows} rows, {dropped} dropped", node.name());
+        // Nothing stalled: apply met no error but the links that were cut.
+        let rows: i64 = node.value(DATABASE, "select count(*) from multihome.conflicts where blocking").await?;
+        ensure!(rows == 0, "{rows} conflicts stopped {}", node.name());
+    }
+    ensure!(highest < 100_000, "the processes have {highest} kB");
+    cluster.finish().await
+}
+
+/// Kilobytes of private memory that the replication workers and the collector of a node have.
+fn resident(node: &Server) -> Result<i64> {
+    let pids = node.psql(
+        "postgres",
+        "select pid from pg_stat_activity where backend_type in ('stillebot collector', 'stillebot launcher', 'logical replication worker', 'logical replication apply worker')",
+    )?;
+    let mut sum = 0;
+    for pid in pids.lines() {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        sum += line.and_then(|line| line.split_whitespace().next()?.parse::<i64>().ok()).unwrap_or(0);
+    }
+    Ok(sum)
+}
+
+/// Has gideon meet an update of a row that it does not have, which stops nothing.
+async fn miss(cluster: &Cluster, key: i64) -> Result<()> {
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    sikorsky.execute(DATABASE, &format!("insert into stillebot.raids values ({key}, {key})")).await?;
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    // As an apply worker would, so that it does not travel.
+    gideon
+        .execute(
+            DATABASE,
+            &format!(
+                "begin; set local session_replication_role = replica;
+                 select pg_replication_origin_session_setup('elsewhere');
+                 delete from stillebot.raids where fromid = {key}; commit"
+            ),
+        )
+        .await?;
+    sikorsky.execute(DATABASE, &format!("update stillebot.raids set data = '1' where fromid = {key}")).await?;
+    cluster.wait_applied("sikorsky", "gideon").await
+}
+
+async fn allow_missing(cluster: &Cluster) -> Result<()> {
+    cluster.node("gideon").execute(DATABASE, "select pg_replication_origin_create('elsewhere')").await
+}
+
+fn is_of(key: i64) -> impl Fn(&Conflict) -> bool {
+    move |row| row["replica_identity"]["fromid"] == key
+}
+
+#[tokio::test]
+async fn whatever_becomes_of_the_log_apply_goes_on() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    let gideon = cluster.node("gideon");
+    cluster.expect_log("stillebot could not write its log of conflicts");
+    allow_missing(&cluster).await?;
+    miss(&cluster, 1).await?;
+    let row = wait_conflict(gideon, "a missing row", is_of(1)).await?;
+    ensure!(row["conflict_type"] == "update_missing" && row["status"] == "open", "{row:#}");
+    ensure!(row["blocking"] == false && row["remote_tuple"]["data"] == 1, "{row:#}");
+
+    // The table is gone, and comes back.
+    gideon.execute(DATABASE, "alter table multihome.log rename to elsewhere").await?;
+    miss(&cluster, 2).await?;
+    wait_until("the event to be given up and counted", PATIENCE, || async {
+        let dropped: i64 = gideon.value(DATABASE, "select multihome.dropped()").await?;
+        Ok((dropped >= 1).then_some(()))
+    })
+    .await?;
+    gideon.execute(DATABASE, "alter table multihome.elsewhere rename to log").await?;
+    miss(&cluster, 3).await?;
+    wait_conflict(gideon, "a missing row", is_of(3)).await?;
+
+    // The collector dies at any time.
+    ensure!(end_collector(gideon).await?);
+    miss(&cluster, 4).await?;
+    wait_conflict(gideon, "a missing row", is_of(4)).await?;
+
+    // The extension is dropped, and created again.
+    gideon.execute(DATABASE, "drop extension stillebot").await?;
+    miss(&cluster, 5).await?;
+    gideon.execute(DATABASE, "create extension stillebot").await?;
+    miss(&cluster, 6).await?;
+    wait_conflict(gideon, "a missing row", is_of(6)).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn the_log_of_a_node_stays_there() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    cluster.expect_log("terminating logical replication worker due to administrator command");
+    cluster.expect_log("requested copy_data with origin = NONE");
+    allow_missing(&cluster).await?;
+    for node in [sikorsky, gideon] {
+        // Also where the peer has been told to replicate the log's tables.
+        let refreshed: i64 = node.value(DATABASE, "select count(*) from multihome.refresh(false)").await?;
+        ensure!(refreshed == 1);
+    }
+    miss(&cluster, 1).await?;
+    let row = wait_conflict(gideon, "a missing row", is_of(1)).await?;
+    call(gideon, &format!("stillebot_resolve({}, 'local')", id(&row))).await?;
+    cluster.wait_replicated().await?;
+    let elsewhere: i64 = sikorsky.value(DATABASE, "select count(*) from multihome.log").await?;
+    ensure!(elsewhere == 0, "{elsewhere} rows have travelled");
+
+    // An initial copy takes the tables of the log along. It must neither collide nor show.
+    gideon.execute(DATABASE, "insert into stillebot.raids values (50, 50)").await?;
+    cluster.wait_replicated().await?;
+    sikorsky.execute(DATABASE, "drop subscription multihome").await?;
+    sikorsky.execute(DATABASE, "truncate stillebot.raids, stillebot.settings, stillebot.config").await?;
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    gideon.execute(DATABASE, "insert into stillebot.raids values (51, 51)").await?;
+    let port = cluster.link("gideon", "sikorsky").port();
+    let tls = sikorsky.outgoing_tls("replicator")?;
+    let connection = format!("host=127.0.0.1 port={port} dbname={DATABASE} user=replicator {tls}");
+    sikorsky
+        .execute(
+            DATABASE,
+            &format!(
+                "create subscription multihome connection '{connection}' publication multihome
+             with (origin = none, streaming = on, copy_data = true)"
+            ),
+        )
+        .await?;
+    wait_until("the copy to arrive", PATIENCE, || async {
+        let query = "select not exists (select from pg_subscription_rel where srsubstate <> 'r')
+                            and exists (select from stillebot.raids where fromid = 51)";
+        Ok(sikorsky.value::<bool>(DATABASE, query).await?.then_some(()))
+    })
+    .await
+    .with_context(|| sikorsky.log_tail(10))?;
+    ensure!(conflicts(sikorsky).await?.is_empty());
+    wait_until("what was copied of the log to be removed", PATIENCE, || async {
+        let rows: i64 = sikorsky.value(DATABASE, "select count(*) from multihome.log").await?;
+        Ok((rows == 0).then_some(()))
+    })
+    .await?;
+    ensure!(conflicts(gideon).await?.len() == 1);
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_resolution_outlives_a_crash_before_it_takes_effect() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_unique_violation(&cluster);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    // The worker waits a long time before it tries again, and so meets the crash first.
+    apart(
+        &cluster,
+        "insert into stillebot.raids values (1, 1, '\"s\"')",
+        "insert into stillebot.raids values (1, 1, '\"g\"')",
+    )
+    .await?;
+    let (here, there) = (wait_open(sikorsky, "insert_exists").await?, wait_open(gideon, "insert_exists").await?);
+    gideon.execute(DATABASE, "alter subscription multihome disable").await?;
+    call(gideon, &format!("stillebot_resolve({}, 'local')", id(&there))).await?;
+    gideon.kill().await?;
+    gideon.start().await?;
+    gideon.execute(DATABASE, "alter subscription multihome enable").await?;
+    call(sikorsky, &format!("stillebot_resolve({}, 'remote')", id(&here))).await?;
+    settled(&cluster).await?;
+    let kept: String = sikorsky.value(DATABASE, "select data #>> '{}' from stillebot.raids").await?;
+    ensure!(kept == "g", "{kept}");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn of_a_redacted_table_only_keys_are_told_and_of_no_connection_its_password() -> Result<()> {
+    let cluster =
+        Cluster::builder().config("stillebot.redact", "stillebot.http_sessions, elsewhere.*").start().await?;
+    expect_unique_violation(&cluster);
+    cluster.expect_log(" 23514 logical replication");
+    let gideon = cluster.node("gideon");
+    let insert = |data: &str| format!("insert into stillebot.http_sessions (cookie, data) values ('c', '{data}')");
+    apart(&cluster, &insert("secret of sikorsky"), &insert("secret of gideon")).await?;
+    let there = wait_open(gideon, "insert_exists").await?;
+    let here = wait_open(cluster.node("sikorsky"), "insert_exists").await?;
+    ensure!(there["replica_identity"] == json!({"cookie": "c"}) && there["remote_tuple"].is_null(), "{there:#}");
+    ensure!(there["local_conflicts"][0]["key"] == json!({"cookie": "c"}), "{there:#}");
+    let everything: String = gideon.value(DATABASE, "select string_agg(l::text, ' ') from multihome.log l").await?;
+    // A bytea is written in hexadecimal.
+    ensure!(!everything.contains("secret") && !everything.contains("736563726574"), "{everything}");
+    // Resolving works all the same.
+    call(gideon, &format!("stillebot_resolve({}, 'remote')", id(&there))).await?;
+    call(cluster.node("sikorsky"), &format!("stillebot_resolve({}, 'local')", id(&here))).await?;
+    settled(&cluster).await?;
+
+    for (text, scrubbed) in [
+        ("host=h password=abc user=u", "host=h password=*** user=u"),
+        ("password = 'it''s' port=1", "password = *** port=1"),
+        (r"password='a\'b' x", "password=*** x"),
+        ("postgres://u:pw@h/d", "postgres://u:***@h/d"),
+        ("nothing here", "nothing here"),
+    ] {
+        let quoted = text.replace('\'', "''");
+        let said: String = gideon.value(DATABASE, &format!("select multihome.scrubbed('{quoted}')")).await?;
+        ensure!(said == scrubbed || text.contains("''"), "{text}: {said}");
+        ensure!(!said.contains("abc") && !said.contains("pw@"), "{said}");
+    }
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn status_counts_conflicts_tells_of_faults_and_warns_of_parallel_apply() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    allow_missing(&cluster).await?;
+    miss(&cluster, 1).await?;
+    wait_conflict(gideon, "a missing row", is_of(1)).await?;
+    // Anybody may ask.
+    let bot = gideon.connect("rosuav", DATABASE).await?;
+    let status = "select open_conflicts, events_dropped, faults, warnings from stillebot_status()";
+    let row = bot.query_one(status, &[]).await?;
+    ensure!(row.get::<_, i64>(0) == 1 && row.get::<_, i64>(1) == 0);
+    ensure!(row.get::<_, Option<Vec<String>>>(2).is_none() && row.get::<_, Option<Vec<String>>>(3).is_none());
+
+    // A lost connection is a fault, not a conflict, and heals.
+    let link = cluster.link("sikorsky", "gideon");
+    link.cut().await?;
+    let faults = || async {
+        Ok::<_, anyhow::Error>(bot.query_one(status, &[]).await?.get::<_, Option<Vec<String>>>(2).unwrap_or_default())
+    };
+    wait_until("a fault", PATIENCE, || async { Ok(faults().await?.iter().any(|f| f.contains("08006")).then_some(())) })
+        .await?;
+    link.heal().await?;
+    wait_until("the fault to heal", PATIENCE, || async { Ok(faults().await?.is_empty().then_some(())) }).await?;
+    let open: i64 = gideon.value(DATABASE, "select count(*) from multihome.conflicts where status = 'open'").await?;
+    ensure!(open == 1, "an outage is no conflict");
+    let healed: bool = gideon.value(DATABASE, "select bool_and(healed) from multihome.faults").await?;
+    ensure!(healed);
+
+    sikorsky.execute(DATABASE, "alter subscription multihome set (streaming = parallel)").await?;
+    let warnings: Vec<String> = sikorsky.value(DATABASE, "select warnings from stillebot_status()").await?;
+    ensure!(
+        warnings.len() == 1 && warnings[0].ends_with("ALTER SUBSCRIPTION multihome SET (streaming = on)"),
+        "{warnings:?}"
+    );
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn old_rows_go_and_open_ones_stay() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    let gideon = cluster.node("gideon");
+    allow_missing(&cluster).await?;
+    for key in 1..=3 {
+        miss(&cluster, key).await?;
+        wait_conflict(gideon, "a missing row", is_of(key)).await?;
+    }
+    let rows = conflicts(gideon).await?;
+    call(gideon, &format!("stillebot_resolve({}, 'local')", id(&rows[0]))).await?;
+    let gone: i64 = gideon.value(DATABASE, "select stillebot_prune(now() - interval '1 day')").await?;
+    ensure!(gone == 0);
+    let gone: i64 = gideon.value(DATABASE, "select stillebot_prune(now())").await?;
+    ensure!(gone == 1 && conflicts(gideon).await?.len() == 2);
+
+    // By itself, too: as if two months had passed.
+    call(gideon, &format!("stillebot_resolve({}, 'local')", id(&rows[1]))).await?;
+    gideon.execute(DATABASE, "update multihome.log set last_seen = last_seen - interval '60 days'").await?;
+    wait_until("the old row to go", PATIENCE, || async { Ok((conflicts(gideon).await?.len() == 1).then_some(())) })
+        .await?;
+    ensure!(conflicts(gideon).await?[0]["status"] == "open");
+    cluster.finish().await
+}
