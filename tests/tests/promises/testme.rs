@@ -18,10 +18,18 @@ struct Pair {
     cluster: Cluster,
 }
 
+/// What a worker says that is started before its predecessor, which has just failed, is quite gone from this server or
+/// from the sender: the launcher hears of an end before the replication origin is free. The next attempt is the usual one.
+const EARLY: [&str; 3] = [
+    " 55006 logical replication worker ERROR:  replication origin with ID",
+    " 55006 walsender stillebot multihome ERROR:  replication slot \"multihome\" is active for PID",
+    " logical replication worker ERROR:  could not start WAL streaming: ERROR:  replication slot",
+];
+
 /// One failed attempt to apply a transaction, as the server log has it.
 #[derive(Debug, Clone)]
 struct ApplyError {
-    /// Seconds since midnight.
+    /// Seconds since midnight (a run over midnight is not worth more).
     at: f64,
     sqlstate: String,
     message: String,
@@ -42,16 +50,22 @@ impl ApplyError {
     }
 }
 
-/// All of them, in order.
+/// All of them, in order. An attempt that did not get as far as the data is none.
 fn apply_errors(node: &Server) -> Vec<ApplyError> {
     let mut errors: Vec<ApplyError> = Vec::new();
     let mut inside = "";
-    for line in node.log().lines() {
+    // The last line may still be being written.
+    let log = node.log();
+    for line in log.rsplit_once('\n').map_or("", |(whole, _)| whole).lines() {
         let Some((prefix, rest)) = line.split_once(" logical replication worker ") else { continue };
+        if EARLY.iter().any(|early| line.contains(early)) {
+            inside = "";
+            continue;
+        }
         let words: Vec<_> = prefix.split_whitespace().collect();
         let (Some(time), Some(pid), Some(sqlstate)) = (words.get(1), words.get(3), words.get(4)) else { continue };
         if let Some(message) = rest.strip_prefix("ERROR:  ") {
-            let at = time.split(':').fold(0.0, |sum, part| sum * 60.0 + part.parse::<f64>().unwrap_or(0.0));
+            let at = seconds(time);
             let (sqlstate, message) = ((*sqlstate).to_owned(), message.to_owned());
             errors.push(ApplyError { at, sqlstate, message, detail: String::new(), context: String::new() });
             inside = pid;
@@ -68,12 +82,25 @@ fn apply_errors(node: &Server) -> Vec<ApplyError> {
     errors
 }
 
+fn seconds(time: &str) -> f64 {
+    time.split(':').fold(0.0, |sum, part| sum * 60.0 + part.parse::<f64>().unwrap_or(0.0))
+}
+
+/// When apply workers were started.
+fn worker_starts(node: &Server) -> Vec<f64> {
+    let log = node.log();
+    let started = log.lines().filter(|line| line.ends_with(r#"apply worker for subscription "multihome" has started"#));
+    started.filter_map(|line| line.split_whitespace().nth(1)).map(seconds).collect()
+}
+
 /// The first attempt that failed over that key. The detail of a unique violation names the key: `(id)=(1)`.
 async fn wait_unique_violation(node: &Server, constraint: &str, key: &str) -> Result<ApplyError> {
     let detail = format!("Key {key} already exists.");
     let message = format!(r#"duplicate key value violates unique constraint "{constraint}""#);
     let error = wait_until(&format!("a violation of {constraint} by {key} on {}", node.name()), PATIENCE, || async {
-        Ok(apply_errors(node).into_iter().find(|error| error.detail == detail && error.message == message))
+        Ok(apply_errors(node)
+            .into_iter()
+            .find(|error| error.detail == detail && error.message == message && !error.context.is_empty()))
     })
     .await?;
     ensure!(error.sqlstate == "23505", "{error:?}");
@@ -135,7 +162,9 @@ async fn config(node: &Server, twitchid: i64) -> Result<String> {
 
 impl Pair {
     async fn start() -> Result<Self> {
-        Ok(Self { cluster: Cluster::builder().without_extension().start().await? })
+        let cluster = Cluster::builder().without_extension().start().await?;
+        EARLY.iter().for_each(|&early| cluster.expect_log(early));
+        Ok(Self { cluster })
     }
 
     fn sikorsky(&self) -> &Server {
@@ -637,10 +666,10 @@ async fn a_transaction_open_for_longer_than_wal_sender_timeout_costs_the_connect
     let (sikorsky, gideon) = (pair.sikorsky(), pair.gideon());
     let session = gideon.connect("rosuav", DATABASE).await?;
     session.batch_execute(&format!("begin; {}", upsert(1, "g"))).await?;
-    // A worker that waits for a lock answers nobody. In life it is a minute.
-    sikorsky.config(&[("wal_sender_timeout", "500ms")]).await?;
     sikorsky.execute(DATABASE, &upsert(1, "s")).await?;
     wait_apply_blocked(gideon).await?;
+    // A worker that waits for a lock answers nobody. In life the sender's patience is a minute.
+    sikorsky.config(&[("wal_sender_timeout", "500ms")]).await?;
     let sender = "select count(*) from pg_stat_replication";
     wait_until("the sender to give up", PATIENCE, || async {
         Ok((sikorsky.value::<i64>(DATABASE, sender).await? == 0).then_some(()))
@@ -697,7 +726,12 @@ async fn a_deadlock_between_apply_and_a_session_ends_one_of_them_and_apply_tries
     sikorsky.execute(DATABASE, &format!("{} {}", upsert(3, "s"), upsert(4, "s"))).await?;
     wait_apply_blocked(gideon).await?;
     session.batch_execute(&upsert(3, "g")).await?;
-    let errors = apply_errors(gideon);
+    // Its locks go first, then it says why.
+    let errors = wait_until("apply to lose", PATIENCE, || async {
+        let errors = apply_errors(gideon);
+        Ok((!errors.is_empty() && errors.iter().all(|error| !error.context.is_empty())).then_some(errors))
+    })
+    .await?;
     ensure!(errors.len() == 1 && errors[0].sqlstate == "40P01", "{errors:?}");
     ensure!(errors[0].was("UPDATE", "stillebot.config"), "{errors:?}");
     session.batch_execute("rollback").await?;
@@ -730,12 +764,15 @@ async fn an_application_sees_that_replication_has_failed_and_where_and_an_ordina
     let error = wait_unique_violation(gideon, "config_pkey", "(twitchid, keyword)=(1, k)").await?;
 
     // The first repeat comes at once, the others in the interval, counted from start to start of the worker.
-    wait_more_errors(gideon, 3).await?;
-    let times: Vec<_> = apply_errors(gideon).iter().map(|error| error.at).collect();
-    let gaps: Vec<_> = times.windows(2).map(|pair| (pair[1] - pair[0]).rem_euclid(86_400.0)).collect();
-    println!("seconds between attempts: {gaps:.3?}");
-    ensure!(gaps[0] < INTERVAL / 2.0, "{gaps:?}");
-    ensure!(gaps[1..3].iter().all(|gap| (INTERVAL * 0.8..INTERVAL + 5.0).contains(gap)), "{gaps:?}");
+    let starts = wait_until("three more attempts", PATIENCE, || async {
+        let starts: Vec<_> = worker_starts(gideon).into_iter().filter(|start| *start > error.at).collect();
+        Ok((starts.len() >= 3).then_some(starts))
+    })
+    .await?;
+    let gaps: Vec<_> = starts.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    println!("tried again {:.3} s after the error, then after {gaps:.3?} s", starts[0] - error.at);
+    ensure!(starts[0] - error.at < INTERVAL / 2.0, "{error:?} {starts:?}");
+    ensure!(gaps.iter().all(|gap| (INTERVAL * 0.8..INTERVAL + 5.0).contains(gap)), "{gaps:?}");
 
     // What the bot's own role can see, in SQL, on the node that fails: no worker, and so no positions; a counter.
     let bot = gideon.connect("rosuav", DATABASE).await?;
@@ -749,7 +786,7 @@ async fn an_application_sees_that_replication_has_failed_and_where_and_an_ordina
                 &[],
             )
             .await?;
-        Ok((row.get::<_, bool>(0) && row.get::<_, i64>(1) >= 4).then_some(()))
+        Ok((row.get::<_, bool>(0) && row.get::<_, i64>(1) >= 2).then_some(()))
     })
     .await?;
     // And on the node that sends: nobody takes from the slot, and it stays where it was.
