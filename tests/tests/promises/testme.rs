@@ -335,6 +335,7 @@ async fn a_command_saved_on_both_sides_at_once_stops_both_and_the_notes_procedur
     let client = sikorsky.superuser(DATABASE).await?;
     client.batch_execute(&deactivate("hi")).await?;
     let missing = "update stillebot.commands set active = true where content = '\"from gideon\"'";
+    ensure!(client.execute(missing, &[]).await? == 0, "the other version has not come in");
     client.batch_execute("update stillebot.commands set active = true where content = '\"from sikorsky\"'").await?;
     wait_more_errors(sikorsky, 1).await?;
     client.batch_execute(&deactivate("hi")).await?;
@@ -505,6 +506,8 @@ async fn upsert_against_delete_ends_equal_on_both_sides_and_delete_and_insert_ag
     pair.apart(&upsert(3, "s"), &delete(3)).await?;
     pair.converged().await?;
     ensure!(config(gideon, 3).await? == "-");
+    // And the connection string.
+    ensure!(gideon.log().contains(r#"DEBUG:  connecting to publisher using connection string "host="#));
     ensure!(missing(gideon, "updated") == 1 && missing(sikorsky, "deleted") == 0 && missing(sikorsky, "updated") == 0);
 
     // Deleted on both sides: one on each.
@@ -523,8 +526,10 @@ async fn upsert_against_delete_ends_equal_on_both_sides_and_delete_and_insert_ag
     sikorsky.execute(DATABASE, &delete(5)).await?;
     pair.cluster.wait_replicated().await?;
     ensure!(config(sikorsky, 5).await? == "g again" && config(gideon, 5).await? == "-", "deleted once more");
-    sikorsky.execute(DATABASE, &delete(5)).await?;
+    // What helps is to do the same where the row is: the delete finds nothing over there, the insert is what is missing.
+    sikorsky.execute(DATABASE, &format!("{} {}", delete(5), upsert(5, "whole"))).await?;
     pair.converged().await?;
+    ensure!(config(gideon, 5).await? == "whole");
 
     // An update against a delete and an insert: the update arrives as one of the new row.
     pair.apart(&upsert(6, "s"), &format!("{} {}", delete(6), upsert(6, "g"))).await?;
@@ -790,9 +795,10 @@ async fn an_application_sees_that_replication_has_failed_and_where_and_an_ordina
     })
     .await?;
     // And on the node that sends: nobody takes from the slot, and it stays where it was.
+    let sender = sikorsky.connect("rosuav", DATABASE).await?;
     let slot = "select not active and confirmed_flush_lsn < pg_current_wal_lsn() from pg_replication_slots";
     wait_until("the slot to be idle", PATIENCE, || async {
-        Ok(sikorsky.value::<bool>(DATABASE, slot).await?.then_some(()))
+        Ok(sender.query_one(slot, &[]).await?.get::<_, bool>(0).then_some(()))
     })
     .await?;
     // What: relation, operation, xid and finish LSN, and the key. Of the rest of the transaction, nothing.
@@ -860,11 +866,19 @@ async fn skip_loses_the_whole_transaction_and_the_nodes_differ_in_silence() -> R
     ensure!(config(sikorsky, 1).await? == "s" && config(gideon, 1).await? == "g");
     let cleared = "select subskiplsn::text from pg_subscription";
     ensure!(gideon.value::<String>(DATABASE, cleared).await? == "0/0", "for one transaction only");
+    // A wrong one that is left there goes with the next transaction that is applied.
+    pair.cluster.expect_log(r#" WARNING:  skip-LSN of subscription "multihome" cleared"#);
+    gideon.execute(DATABASE, &skip("FFFFFFFF/0")).await?;
+    sikorsky.execute(DATABASE, &upsert(2, "s")).await?;
+    pair.cluster.wait_applied("sikorsky", "gideon").await?;
+    ensure!(config(gideon, 2).await? == "s" && gideon.value::<String>(DATABASE, cleared).await? == "0/0");
+    ensure!(gideon.log().contains("skip-LSN of subscription"));
     pair.finish().await
 }
 
 #[tokio::test]
-async fn disable_on_error_stops_at_the_first_error_a_lost_connection_included() -> Result<()> {
+async fn disable_on_error_stops_at_the_first_error_a_lost_connection_and_a_restart_of_the_peer_included() -> Result<()>
+{
     let pair = Pair::start().await?;
     let (sikorsky, gideon) = (pair.sikorsky(), pair.gideon());
     pair.expect_violation("config_pkey");
@@ -905,6 +919,13 @@ async fn disable_on_error_stops_at_the_first_error_a_lost_connection_included() 
     let error = apply_errors(gideon).pop().context("an error")?;
     ensure!(error.sqlstate.starts_with("08"), "{error:?}");
     ensure!(gideon.value::<i64>(DATABASE, count).await? == 2, "the counter does not tell them apart");
+    gideon.execute(DATABASE, "alter subscription multihome enable").await?;
+    pair.converged().await?;
+
+    // So does a clean restart of the other server.
+    sikorsky.restart().await?;
+    disabled().await?;
+    ensure!(lines() == 3);
     gideon.execute(DATABASE, "alter subscription multihome enable").await?;
     pair.converged().await?;
     pair.finish().await
