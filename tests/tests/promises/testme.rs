@@ -639,7 +639,11 @@ async fn transactions_open_on_both_ends_make_apply_wait_and_their_end_decides() 
     gideon.execute(DATABASE, &upsert(4, "s")).await?;
     pair.converged().await?;
 
-    // A command: apply waits at the row that both deactivate, and fails at the insert.
+    // A command: apply waits at the row that both deactivate; it goes on, or fails at the insert.
+    open(&save("hi", "newer"), &save("hi", "never")).await?;
+    there.batch_execute("rollback").await?;
+    pair.converged().await?;
+    ensure!(versions(gideon, "hi").await? == "old newer*");
     open(&save("hi", "s"), &save("hi", "g")).await?;
     there.batch_execute("commit").await?;
     for error in pair.wait_both("commands_active", "(twitchid, cmdname)=(1, hi)").await? {
