@@ -4,11 +4,14 @@
 //! passwords and keys are read where a connection is made.
 
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::failure::{Failure, Kind};
+use crate::template::Template;
 
 /// Where the configuration is unless `--config` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/stillebot/agent.toml";
@@ -32,6 +35,10 @@ pub struct Config {
     pub nodes: Vec<Node>,
     /// File of passwords.
     pub passfile: Option<PathBuf>,
+    /// When `watch` looks, and when it gives up.
+    pub watch: Watch,
+    /// What is done about conflicts without asking, in the order of the file.
+    pub rules: Vec<Rule>,
 }
 
 /// libpq's `sslmode`, `sslrootcert`, `sslcert`, `sslkey`.
@@ -106,6 +113,92 @@ pub enum Family {
     Ipv6,
 }
 
+/// When `watch` looks, and when it gives up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Watch {
+    /// The channel that alarms are sent to, for NOTIFY.
+    pub channel: Option<String>,
+    /// How often it looks.
+    pub interval: Duration,
+    /// How long replication may be behind without moving before it counts as stalled.
+    pub stall: Duration,
+    /// How often a rule is tried for one conflict.
+    pub attempts: u32,
+}
+
+impl Default for Watch {
+    fn default() -> Self {
+        Self { channel: None, interval: Duration::from_secs(5), stall: Duration::from_secs(60), attempts: 3 }
+    }
+}
+
+/// What is done, without asking, about the conflicts of some tables.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// The tables.
+    pub tables: Tables,
+    /// What is done.
+    pub strategy: Strategy,
+    /// Whom to tell afterwards.
+    pub notify: Option<Notify>,
+}
+
+/// The tables of a rule, named as they are in the catalog.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tables {
+    /// Every table, and errors that are of no table.
+    All,
+    /// All tables of a schema.
+    Schema(String),
+    /// One table of a schema.
+    One(String, String),
+}
+
+/// How a rule resolves a conflict.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Strategy {
+    /// All rows that claim one place are kept, and only the one with the greatest `by` keeps its flag.
+    DeactivateOlder {
+        /// The boolean column.
+        flag: String,
+        /// The column that decides.
+        by: String,
+    },
+    /// The version with the greater value wins.
+    Newest {
+        /// In this column; none: the one committed later.
+        by: Option<String>,
+    },
+    /// The version of this node wins.
+    KeepNode(String),
+    /// The failing transaction is left out.
+    Skip,
+    /// It is left for a person.
+    Leave,
+}
+
+impl Strategy {
+    /// Its name, as configured.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::DeactivateOlder { .. } => "deactivate-older",
+            Self::Newest { .. } => "newest",
+            Self::KeepNode(_) => "keep-node",
+            Self::Skip => "skip",
+            Self::Leave => "none",
+        }
+    }
+}
+
+/// What is sent to the application, on every node, after a rule has resolved a conflict.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notify {
+    /// The channel.
+    pub channel: String,
+    /// The payload, with columns of the winning row in it.
+    pub payload: Template,
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
@@ -117,6 +210,9 @@ struct File {
     active: Option<FileActive>,
     #[serde(default)]
     node: Vec<FileNode>,
+    watch: Option<FileWatch>,
+    #[serde(default)]
+    rule: Vec<FileRule>,
 }
 
 #[derive(Deserialize, Default)]
@@ -145,6 +241,43 @@ struct FileNode {
     #[serde(default)]
     family: Family,
     active_name: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct FileWatch {
+    channel: Option<String>,
+    interval: Option<String>,
+    stall: Option<String>,
+    attempts: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileRule {
+    table: String,
+    strategy: FileStrategy,
+    flag: Option<String>,
+    by: Option<String>,
+    node: Option<String>,
+    notify: Option<FileNotify>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum FileStrategy {
+    DeactivateOlder,
+    Newest,
+    KeepNode,
+    Skip,
+    None,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileNotify {
+    channel: String,
+    payload: String,
 }
 
 fn default_port() -> u16 {
@@ -235,7 +368,9 @@ impl Config {
             ));
         }
         let passfile = path("PGPASSFILE").or_else(|| home.map(|home| home.join(".pgpass")));
-        Ok(Self { database, user, publication, subscription, tls, active, nodes, passfile })
+        let watch = watch(file.watch.unwrap_or_default())?;
+        let rules = file.rule.into_iter().map(|file| rule(file, &nodes)).collect::<Result<_, _>>()?;
+        Ok(Self { database, user, publication, subscription, tls, active, nodes, passfile, watch, rules })
     }
 
     /// The node of that name.
@@ -246,6 +381,11 @@ impl Config {
     /// The name of the subscription, on any node, to what `source` publishes.
     pub fn subscription_to(&self, source: &str) -> String {
         if self.nodes.len() <= 2 { self.subscription.clone() } else { format!("{}_{source}", self.subscription) }
+    }
+
+    /// The node that a subscription of `node` brings rows from, if it is one of this configuration.
+    pub fn source_of(&self, node: &str, subscription: &str) -> Option<&Node> {
+        self.nodes.iter().find(|source| source.name != node && self.subscription_to(&source.name) == subscription)
     }
 }
 
@@ -301,6 +441,108 @@ fn nodes(file: Vec<FileNode>, with_active: bool) -> Result<Vec<Node>, String> {
     Ok(nodes)
 }
 
+fn watch(file: FileWatch) -> Result<Watch, String> {
+    let default = Watch::default();
+    let time = |key: &str, text: Option<String>, default: Duration, allowed: RangeInclusive<Duration>| {
+        let Some(text) = text else { return Ok(default) };
+        let [least, most] = [allowed.start(), allowed.end()].map(|bound| humantime::format_duration(*bound));
+        let flaw = format!("watch.{key}: must be {least} to {most}, such as \"5s\"");
+        humantime::parse_duration(&text).ok().filter(|time| allowed.contains(time)).ok_or(flaw)
+    };
+    let (milliseconds, seconds) = (Duration::from_millis, Duration::from_secs);
+    let channel = file.channel.map(|name| channel("watch.channel", name)).transpose()?;
+    let interval = time("interval", file.interval, default.interval, milliseconds(100)..=seconds(300))?;
+    // Between two looks nothing can be seen to move.
+    let stall = time("stall", file.stall, default.stall.max(interval), interval..=seconds(86400))?;
+    let attempts = file.attempts.unwrap_or(default.attempts);
+    if !(1..=100).contains(&attempts) {
+        return Err("watch.attempts: must be 1 to 100".into());
+    }
+    Ok(Watch { channel, interval, stall, attempts })
+}
+
+fn channel(key: &str, name: String) -> Result<String, String> {
+    // PostgreSQL's own bound for the name of a channel.
+    if name.is_empty() || name.len() > 63 || name.contains('\0') {
+        return Err(format!("{key}: must have 1 to 63 bytes"));
+    }
+    Ok(name)
+}
+
+fn rule(file: FileRule, nodes: &[Node]) -> Result<Rule, String> {
+    let FileRule { table, strategy, flag, by, node, notify } = file;
+    let of = format!("of the rule for {table:?}");
+    let tables = tables(&table)
+        .ok_or_else(|| format!("rule.table: {table:?}: must be \"schema.table\", \"schema.*\" or \"*\""))?;
+    let column = |key: &str, name: &String| match identifiers(name).as_deref() {
+        Some([column]) => Ok(column.clone()),
+        _ => Err(format!("rule.{key} {of}: {name:?}: must be an SQL identifier")),
+    };
+    let needed = |key: &str, what: &str| format!("rule.{key} {of}: must be given: {what}");
+    let used: &[&str];
+    let strategy = match strategy {
+        FileStrategy::DeactivateOlder => {
+            used = &["flag", "by", "notify"];
+            let flag =
+                flag.as_ref().ok_or_else(|| needed("flag", "the boolean column that only one row may have set"))?;
+            let by = by.as_ref().ok_or_else(|| needed("by", "the column whose greatest value wins"))?;
+            Strategy::DeactivateOlder { flag: column("flag", flag)?, by: column("by", by)? }
+        }
+        FileStrategy::Newest => {
+            used = &["by", "notify"];
+            Strategy::Newest { by: by.as_ref().map(|by| column("by", by)).transpose()? }
+        }
+        FileStrategy::KeepNode => {
+            used = &["node", "notify"];
+            let name = node.as_ref().ok_or_else(|| needed("node", "the node whose version wins"))?;
+            if !nodes.iter().any(|node| node.name == *name) {
+                let names: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
+                return Err(format!("rule.node {of}: there is no node {name}; the nodes are {}", names.join(", ")));
+            }
+            Strategy::KeepNode(name.clone())
+        }
+        // Of a transaction that is left out no row wins, so there is nothing to tell the application about.
+        FileStrategy::Skip => {
+            used = &[];
+            Strategy::Skip
+        }
+        FileStrategy::None => {
+            used = &[];
+            Strategy::Leave
+        }
+    };
+    let given =
+        [("flag", flag.is_some()), ("by", by.is_some()), ("node", node.is_some()), ("notify", notify.is_some())];
+    if let Some((key, _)) = given.iter().find(|(key, given)| *given && !used.contains(key)) {
+        return Err(format!("rule.{key} {of}: has no meaning for {}", strategy.name()));
+    }
+    let notify = notify
+        .map(|FileNotify { channel: name, payload }| {
+            let payload =
+                Template::parse(&payload).map_err(|flaw| format!("rule.notify.payload {of}: {payload:?}: {flaw}"))?;
+            Ok::<_, String>(Notify { channel: channel("rule.notify.channel", name)?, payload })
+        })
+        .transpose()?;
+    Ok(Rule { tables, strategy, notify })
+}
+
+fn tables(text: &str) -> Option<Tables> {
+    if text == "*" {
+        return Some(Tables::All);
+    }
+    if let Some(schema) = text.strip_suffix(".*") {
+        let [schema] = <[String; 1]>::try_from(identifiers(schema)?).ok()?;
+        return Some(Tables::Schema(schema));
+    }
+    let mut parts = identifiers(text)?;
+    let table = parts.pop()?;
+    match parts.as_slice() {
+        [] => Some(Tables::One("public".into(), table)),
+        [schema] => Some(Tables::One(schema.clone(), table)),
+        _ => None,
+    }
+}
+
 /// The parts of a dotted SQL name: folded to lower case unless quoted, as PostgreSQL does.
 fn identifiers(text: &str) -> Option<Vec<String>> {
     let mut parts = Vec::new();
@@ -344,7 +586,7 @@ fn quoted(parts: &[String]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{Strategy, *};
     use proptest::prelude::*;
 
     const EXAMPLE: &str = r#"
@@ -428,6 +670,124 @@ mod tests {
         }
     }
 
+    const RULES: &str = r#"
+        [[node]]
+        name = "sikorsky"
+        host = "a"
+        [[node]]
+        name = "gideon"
+        host = "b"
+        [watch]
+        channel  = "scream.emergency"
+        interval = "2s"
+        stall    = "1m 30s"
+        attempts = 5
+        [[rule]]
+        table    = "stillebot.commands"
+        strategy = "deactivate-older"
+        flag     = "active"
+        by       = "created"
+        notify   = { channel = "stillebot.commands", payload = "{twitchid}:{cmdname}" }
+        [[rule]]
+        table    = "stillebot.config"
+        strategy = "newest"
+        [[rule]]
+        table    = 'stillebot."Sessions"'
+        strategy = "newest"
+        by       = "active"
+        [[rule]]
+        table    = "stillebot.*"
+        strategy = "keep-node"
+        node     = "sikorsky"
+        [[rule]]
+        table    = "scratch"
+        strategy = "skip"
+        [[rule]]
+        table    = "*"
+        strategy = "none"
+    "#;
+
+    #[test]
+    fn rules_and_watch_are_understood() {
+        let config = parse(RULES).unwrap();
+        let watch = Watch {
+            channel: Some("scream.emergency".into()),
+            interval: Duration::from_secs(2),
+            stall: Duration::from_secs(90),
+            attempts: 5,
+        };
+        assert_eq!(config.watch, watch);
+        let one = |schema: &str, table: &str| Tables::One(schema.into(), table.into());
+        let expected = [
+            (one("stillebot", "commands"), Strategy::DeactivateOlder { flag: "active".into(), by: "created".into() }),
+            (one("stillebot", "config"), Strategy::Newest { by: None }),
+            (one("stillebot", "Sessions"), Strategy::Newest { by: Some("active".into()) }),
+            (Tables::Schema("stillebot".into()), Strategy::KeepNode("sikorsky".into())),
+            (one("public", "scratch"), Strategy::Skip),
+            (Tables::All, Strategy::Leave),
+        ];
+        let rules: Vec<_> = config.rules.iter().map(|rule| (rule.tables.clone(), rule.strategy.clone())).collect();
+        assert_eq!(rules, expected);
+        let notify = config.rules[0].notify.as_ref().unwrap();
+        assert_eq!(notify.channel, "stillebot.commands");
+        assert!(config.rules[1].notify.is_none());
+        assert_eq!(parse("[[node]]\nname='a'\nhost='h'").unwrap().watch, Watch::default());
+    }
+
+    #[test]
+    fn what_is_wrong_with_rules_and_watch_is_said() {
+        let rule = |lines: &str| format!("[[rule]]\ntable='s.t'\n{lines}");
+        let with = |strategy: &str, lines: &str| rule(&format!("strategy='{strategy}'\n{lines}"));
+        for (text, expected) in [
+            ("[watch]\ncolour=1".into(), "unknown field `colour`"),
+            ("[watch]\ninterval='soon'".into(), "watch.interval: must be 100ms to 5m"),
+            ("[watch]\ninterval='2h'".into(), "watch.interval"),
+            ("[watch]\ninterval='10s'\nstall='5s'".into(), "watch.stall: must be 10s to 1day"),
+            ("[watch]\nattempts=0".into(), "watch.attempts: must be 1 to 100"),
+            ("[watch]\nattempts=-1".into(), "attempts"),
+            ("[watch]\nchannel=''".into(), "watch.channel: must have 1 to 63 bytes"),
+            ("[[rule]]\nstrategy='skip'".into(), "missing field `table`"),
+            (rule(""), "missing field `strategy`"),
+            (rule("strategy='oldest'"), "unknown variant `oldest`, expected one of `deactivate-older`, `newest`"),
+            (with("skip", "colour=1"), "unknown field `colour`"),
+            ("[[rule]]\ntable='a.b.c'\nstrategy='skip'".into(), "rule.table: \"a.b.c\": must be \"schema.table\""),
+            ("[[rule]]\ntable='*.t'\nstrategy='skip'".into(), "rule.table"),
+            ("[[rule]]\ntable='a.b.*'\nstrategy='skip'".into(), "rule.table"),
+            (with("deactivate-older", "by='c'"), "rule.flag of the rule for \"s.t\": must be given"),
+            (with("deactivate-older", "flag='f'"), "rule.by of the rule for \"s.t\": must be given"),
+            (with("deactivate-older", "flag='f g'\nby='c'"), "rule.flag of the rule for \"s.t\": \"f g\""),
+            (with("keep-node", ""), "rule.node of the rule for \"s.t\": must be given"),
+            (with("keep-node", "node='z'"), "there is no node z; the nodes are a, b"),
+            (with("newest", "flag='f'"), "rule.flag of the rule for \"s.t\": has no meaning for newest"),
+            (with("skip", "by='c'"), "has no meaning for skip"),
+            (
+                with("none", "notify={channel='c',payload=''}"),
+                "rule.notify of the rule for \"s.t\": has no meaning for none",
+            ),
+            (with("newest", "notify={channel='',payload=''}"), "rule.notify.channel: must have 1 to 63 bytes"),
+            (with("newest", "notify={channel='c',payload='{a'}"), "rule.notify.payload of the rule for \"s.t\""),
+        ] {
+            let text = format!("[[node]]\nname='a'\nhost='a'\n[[node]]\nname='b'\nhost='b'\n{text}\n");
+            let flaw = parse(&text).unwrap_err();
+            assert!(flaw.contains(expected), "{text}\n{flaw}");
+        }
+    }
+
+    #[test]
+    fn a_subscription_leads_to_its_source() {
+        let source = |config: &Config, node: &str, subscription: &str| {
+            config.source_of(node, subscription).map(|source| source.name.clone())
+        };
+        let two = parse("[[node]]\nname='a'\nhost='a'\n[[node]]\nname='b'\nhost='b'").unwrap();
+        assert_eq!(source(&two, "a", "multihome").as_deref(), Some("b"));
+        assert_eq!(source(&two, "b", "multihome").as_deref(), Some("a"));
+        assert_eq!(source(&two, "b", "reports"), None);
+        let three =
+            parse("[[node]]\nname='a'\nhost='a'\n[[node]]\nname='b'\nhost='b'\n[[node]]\nname='c'\nhost='c'").unwrap();
+        assert_eq!(source(&three, "a", "multihome_c").as_deref(), Some("c"));
+        assert_eq!(source(&three, "c", "multihome_c"), None);
+    }
+
     #[test]
     fn more_than_two_nodes_have_a_subscription_for_each_peer() {
         let config =
@@ -449,6 +809,7 @@ mod tests {
         fn no_text_makes_it_panic(text in "\\PC{0,200}") {
             let _ = parse(&text);
             let _ = identifiers(&text);
+            let _ = tables(&text);
         }
 
         #[test]

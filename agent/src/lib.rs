@@ -10,6 +10,7 @@
 //! crew.rs    the sessions of one command, each holding its node's lock
 //! node.rs    the only file that opens a connection
 //! stop.rs    signals and the deadline
+//! template.rs texts with columns in them
 //! sql.rs     the names of the queries in sql/, one a file
 //! failure.rs exit codes and how an error is shown
 //! ```
@@ -27,3 +28,4 @@ pub mod node;
 pub mod pgpass;
 pub mod sql;
 pub mod stop;
+pub mod template;
