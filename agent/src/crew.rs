@@ -62,6 +62,36 @@ impl<'a> Crew<'a> {
         Ok(())
     }
 
+    /// Gives the lock back on every node. A session that is lost has given it back.
+    pub async fn unlock(&self) {
+        let sessions = self.sessions.values();
+        for result in join_all(sessions.map(|session| session.rows(sql::UNLOCK, &[], LOOK_BOUND))).await {
+            if let Err(error) = result {
+                tracing::debug!(%error, "not unlocked");
+            }
+        }
+    }
+
+    /// Connects to the nodes that have no sound session, all at once, without taking their lock; returns those that cannot be
+    /// reached. For a command that goes on for long and holds the lock only at times.
+    pub async fn refill(&mut self) -> BTreeMap<String, NodeError> {
+        let lost: Vec<String> = self.sessions.values().filter(|s| s.is_lost()).map(|s| s.node.clone()).collect();
+        for node in lost {
+            self.give_up(&node);
+        }
+        let missing: Vec<&Node> =
+            self.config.nodes.iter().filter(|node| !self.sessions.contains_key(&node.name)).collect();
+        let results = join_all(missing.iter().map(|node| self.connect_anew(node, CONNECT_BOUND))).await;
+        let mut errors = BTreeMap::new();
+        for (node, result) in missing.iter().zip(results) {
+            match result {
+                Ok(session) => drop(self.sessions.insert(node.name.clone(), session)),
+                Err(error) => drop(errors.insert(node.name.clone(), error)),
+            }
+        }
+        errors
+    }
+
     /// Why the lock cannot be had.
     async fn held(&self, session: &Session) -> Failure {
         let rows = session.rows(sql::LOCK_HOLDER, &[], LOOK_BOUND).await.unwrap_or_default();
@@ -141,13 +171,19 @@ impl<'a> Crew<'a> {
         }
     }
 
-    async fn reconnect(&self, node: &Node, bound: Duration) -> Result<(Session, State), NodeError> {
+    /// Makes a new session, and ends on the server the one that was given up.
+    async fn connect_anew(&self, node: &Node, bound: Duration) -> Result<Session, NodeError> {
         let session = self.connector.connect(node, bound.min(CONNECT_BOUND)).await?;
         if let Some((pid, started)) = self.lost.get(&node.name)
             && let Err(error) = session.rows(sql::END_SESSION, &[pid, started], LOOK_BOUND).await
         {
             tracing::debug!(node = node.name, %error, "the lost session could not be ended, waiting for its end");
         }
+        Ok(session)
+    }
+
+    async fn reconnect(&self, node: &Node, bound: Duration) -> Result<(Session, State), NodeError> {
+        let session = self.connect_anew(node, bound).await?;
         if !take_lock(&session, bound.min(LOCK_BOUND)).await? {
             let mut error = self.no_connection(&node.name);
             error.message = "an earlier session of an agent is still alive there".into();

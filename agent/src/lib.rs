@@ -7,10 +7,14 @@
 //! cmd/       one file a command: asks, decides, acts, reports
 //! hop.rs     the hop's table of steps and its decisions, without IO
 //! facts.rs   what nodes tell about themselves, and what follows from it
+//! conflict.rs a conflict as its node tells it
+//! resolve.rs what to do about conflicts, without IO
+//! resolver.rs does it on the nodes, for `conflicts` and by rules
+//! order.rs   which of two values of a column is the greater
+//! template.rs texts with columns in them
 //! crew.rs    the sessions of one command, each holding its node's lock
 //! node.rs    the only file that opens a connection
 //! stop.rs    signals and the deadline
-//! template.rs texts with columns in them
 //! sql.rs     the names of the queries in sql/, one a file
 //! failure.rs exit codes and how an error is shown
 //! ```
@@ -20,12 +24,16 @@
 pub mod cli;
 pub mod cmd;
 pub mod config;
+pub mod conflict;
 pub mod crew;
 pub mod facts;
 pub mod failure;
 pub mod hop;
 pub mod node;
+pub mod order;
 pub mod pgpass;
+pub mod resolve;
+pub mod resolver;
 pub mod sql;
 pub mod stop;
 pub mod template;

@@ -344,7 +344,8 @@ impl Session {
         }
     }
 
-    fn error(&self, trouble: Trouble, message: String) -> NodeError {
+    /// An error of this node that the agent has found itself.
+    pub fn error(&self, trouble: Trouble, message: String) -> NodeError {
         NodeError {
             node: self.node.clone(),
             place: self.place.clone().into(),

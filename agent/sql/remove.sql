@@ -1,0 +1,2 @@
+-- conflict, key: deletes this row; this replicates.
+select multihome.remove($1, $2::text::jsonb) as removed

@@ -1,0 +1,2 @@
+-- Whether this database takes writes.
+select multihome.state()->>'state' = 'up' as up

@@ -1,0 +1,868 @@
+//! Does on the nodes what `resolve.rs` decides: for `conflicts resolve` and, by the rules of the configuration, for `watch`.
+//!
+//! Deliberately prints nothing and decides nothing about data. Everything it does may be interrupted anywhere and done
+//! again: open conflicts say what is left to do, and a step that has been taken already changes nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use futures_util::future::{join, join_all};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+
+use crate::cmd::Context;
+use crate::config::{Rule, Strategy};
+use crate::conflict::{self, Conflict};
+use crate::crew::{Crew, LOOK_BOUND};
+use crate::facts;
+use crate::failure::{Failure, Kind};
+use crate::node::{NodeError, Session, Trouble};
+use crate::resolve::{self, Attempts, Course, Row, Rows, Sight, Step, Version};
+use crate::sql;
+use crate::stop::{Halt, Limits};
+
+/// How long a rule may take; what it waits for takes milliseconds.
+const RULE_BOUND: Duration = Duration::from_secs(5);
+/// How long one step may take: it may wait for a lock on a row.
+const STEP_BOUND: Duration = Duration::from_secs(5);
+/// How often is looked whether replication has gone on.
+const PAUSE: Duration = Duration::from_millis(20);
+/// How long the other side of a quarrel may take to come up.
+pub const COUNTERPART_BOUND: Duration = Duration::from_millis(600);
+/// How long changes that are under way may take to make the nodes alike, before something is done about it.
+const GRACE: Duration = Duration::from_millis(500);
+/// How often the nodes are made alike, should they drift apart again.
+const ROUNDS: usize = 3;
+/// How often one conflict is answered; more, and the answers do not help.
+const ANSWERS: usize = 5;
+
+/// Something that was done on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Deed {
+    /// The node.
+    pub node: String,
+    /// What was done, in the words of the step.
+    pub what: String,
+    /// What the node said about it.
+    pub said: Option<String>,
+}
+
+/// What a resolution came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Resolved {
+    /// The row that won, as it is on all nodes now; null if that is no row, and for a skipped transaction.
+    pub row: Value,
+    /// In one line, for the log.
+    pub resolution: String,
+    /// The conflicts that it closed.
+    pub conflicts: Vec<(String, i64)>,
+    /// Nodes whose rows could not be compared.
+    pub not_compared: Vec<String>,
+    /// What else should be known.
+    pub notes: Vec<String>,
+}
+
+/// How an attempt to resolve a conflict by the rules ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// It is resolved; this is in the log.
+    Resolved(String),
+    /// There is nothing to do: it was closed before.
+    Closed,
+    /// It is for a person. Said once; after that [`End::Known`].
+    Left(String),
+    /// It is for a person, and that has been said.
+    Known,
+    /// Not now, and no attempt is counted: a node cannot be reached, or another agent is at work.
+    Later(String),
+    /// The rule failed, and will be tried again.
+    Failed {
+        /// The number of this attempt, from 1.
+        attempt: u32,
+        /// Why.
+        why: String,
+    },
+    /// The rule failed too often; it is noted in the log and left open.
+    GivenUp(String),
+}
+
+/// The end of an attempt, and what was done on the way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// How it ended.
+    pub end: End,
+    /// What was done, in order.
+    pub deeds: Vec<Deed>,
+}
+
+impl From<End> for Outcome {
+    fn from(end: End) -> Self {
+        Self { end, deeds: Vec::new() }
+    }
+}
+
+/// Connects to the nodes that have no sound session, all at once, and makes new sessions fit for resolving; returns the nodes
+/// that cannot be reached. Takes no lock.
+pub async fn connect(crew: &mut Crew<'_>) -> BTreeMap<String, NodeError> {
+    let before: BTreeSet<(i32, i64)> = backends(crew).into_keys().collect();
+    let errors = crew.refill().await;
+    let new = backends(crew).into_iter().filter(|(backend, _)| !before.contains(backend)).map(|(_, node)| node);
+    make_ready(crew, new.collect()).await;
+    errors
+}
+
+fn backends(crew: &Crew<'_>) -> BTreeMap<(i32, i64), String> {
+    let sessions = crew.names();
+    sessions.into_iter().filter_map(|node| Some((crew.session(&node).ok()?.backend, node))).collect()
+}
+
+/// Makes sessions even with each other, and every query known to the servers, so that the first conflict costs no more than
+/// the next one.
+async fn make_ready(crew: &Crew<'_>, nodes: Vec<String>) {
+    let queries = [
+        sql::CONFLICT,
+        sql::CONFLICTS_RELATED,
+        sql::MAKE_ROOM,
+        sql::RESOLVE,
+        sql::VERSIONS,
+        sql::ASSIGN,
+        sql::SETTLE,
+        sql::NOTIFY,
+        sql::WRITABLE,
+    ];
+    let sessions = nodes.iter().filter_map(|node| crew.session(node).ok());
+    join_all(sessions.map(async |session| {
+        let even = session.run(sql::EVEN, LOOK_BOUND);
+        let known = join_all(queries.iter().map(|query| session.prepare(query, LOOK_BOUND)));
+        let (even, known) = join(even, known).await;
+        for error in even.err().into_iter().chain(known.into_iter().filter_map(Result::err)) {
+            // Whoever needs it meets the same error, and tells it.
+            tracing::debug!(%error, "not ready");
+        }
+    }))
+    .await;
+}
+
+/// Which nodes are writable and which is the active side; a node that does not answer is left out.
+pub async fn sights(context: &Context, crew: &Crew<'_>) -> Vec<Sight> {
+    let names = crew.names();
+    let looks = join_all(names.iter().map(async |node| {
+        let session = crew.session(node)?;
+        let (row, active) =
+            join(session.row(sql::WRITABLE, &[], LOOK_BOUND), facts::active(session, &context.config, LOOK_BOUND))
+                .await;
+        let up: Option<bool> = row?.get("up");
+        // A role that may not read it sees no active side, and then there is none to resolve.
+        Ok::<_, NodeError>(Sight { node: node.clone(), up: up == Some(true), active: active.unwrap_or_default() })
+    }))
+    .await;
+    looks.into_iter().flatten().collect()
+}
+
+/// The open conflicts of all connected nodes that a rule may still be tried for, those that hold up replication first.
+pub async fn pending(crew: &Crew<'_>, attempts: &mut Attempts) -> Vec<(String, i64)> {
+    let names = crew.names();
+    let looks =
+        join_all(names.iter().map(async |node| crew.session(node)?.rows(sql::CONFLICTS_OPEN, &[], LOOK_BOUND).await))
+            .await;
+    let mut pending = Vec::new();
+    for (node, rows) in names.into_iter().zip(looks) {
+        match rows {
+            Ok(rows) => {
+                let open: Vec<i64> = rows.iter().map(|row| row.get(0)).collect();
+                attempts.retain(&node, &open.iter().copied().collect());
+                let left = open.into_iter().filter(|id| !attempts.is_spent(&node, *id));
+                pending.extend(left.map(|id| (node.clone(), id)));
+            }
+            Err(error) => tracing::debug!(%error, "open conflicts not known"),
+        }
+    }
+    pending
+}
+
+/// Resolves a conflict by the first rule for its table. To be called by the watcher of the active side only
+/// ([`resolve::active_side`]). Takes the lock of all nodes and gives it back.
+pub async fn resolve_by_rules(
+    context: &Context,
+    crew: &mut Crew<'_>,
+    attempts: &mut Attempts,
+    node: &str,
+    id: i64,
+) -> Outcome {
+    if attempts.is_spent(node, id) {
+        return End::Known.into();
+    }
+    let errors = connect(crew).await;
+    let conflict = match crew.session(node) {
+        Ok(session) => conflict::by_id(session, &context.config, id).await,
+        Err(error) => Err(errors.get(node).cloned().unwrap_or(error)),
+    };
+    let conflict = match conflict {
+        Ok(Some(conflict)) if conflict.is_open() => conflict,
+        Ok(_) => {
+            attempts.forget(node, id);
+            return End::Closed.into();
+        }
+        Err(error) => {
+            if error.trouble == Trouble::Lost {
+                crew.give_up(node);
+            }
+            return End::Later(error.to_string()).into();
+        }
+    };
+    let rule = match resolve::rule_for(&context.config.rules, &conflict) {
+        None => Err(format!("there is no rule for {}", conflict.table())),
+        Some(Rule { strategy: Strategy::Leave, .. }) => {
+            Err(format!("the rule for {} leaves it to a person", conflict.table()))
+        }
+        Some(rule) => Ok(rule),
+    };
+    let rule = match rule {
+        Ok(rule) => rule,
+        Err(why) => {
+            attempts.spend(node, id);
+            return End::Left(why).into();
+        }
+    };
+    // With one side alone the other would stay as it is, and find its own end later.
+    if let Some(error) = conflict.peer.as_ref().and_then(|peer| errors.get(peer)) {
+        return End::Later(format!("cannot reach {error}")).into();
+    }
+    if let Err(failure) = crew.lock().await {
+        crew.unlock().await;
+        return End::Later(failure.message).into();
+    }
+
+    let attempt = attempts.begin(node, id);
+    let limits = Limits::new(RULE_BOUND, &context.signals);
+    let mut work = Work::new(context, crew, limits, format!("stillebot-agent watch on {}", hostname()));
+    let result = work.by_rule(rule, &conflict).await;
+    let deeds = std::mem::take(&mut work.deeds);
+    let end = match result {
+        Ok(resolved) => {
+            for (node, id) in &resolved.conflicts {
+                attempts.forget(node, *id);
+            }
+            for note in resolved.notes {
+                tracing::warn!(node, id, note, "resolved");
+            }
+            End::Resolved(resolved.resolution)
+        }
+        Err(ByRule::Unfit(why)) => {
+            attempts.spend(node, id);
+            let why = format!("rule {} does not fit: {why}", rule.strategy.name());
+            work.note(node, id, &why).await;
+            End::Left(why)
+        }
+        Err(ByRule::Closed) => {
+            attempts.forget(node, id);
+            End::Closed
+        }
+        Err(ByRule::NotNow(why)) => {
+            attempts.take_back(node, id);
+            End::Later(why)
+        }
+        Err(ByRule::Failed(failure)) if failure.kind == Kind::Unreachable => {
+            attempts.take_back(node, id);
+            End::Later(failure.message)
+        }
+        Err(ByRule::Failed(failure)) => {
+            let why = [Some(failure.message), failure.detail].into_iter().flatten().collect::<Vec<_>>().join("; ");
+            if attempt >= context.config.watch.attempts {
+                attempts.spend(node, id);
+                let times = if attempt == 1 { "once".into() } else { format!("{attempt} times") };
+                let why = format!("rule {} failed {times}: {why}", rule.strategy.name());
+                work.note(node, id, &why).await;
+                End::GivenUp(why)
+            } else {
+                End::Failed { attempt, why }
+            }
+        }
+    };
+    crew.unlock().await;
+    Outcome { end, deeds }
+}
+
+fn hostname() -> String {
+    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "?".into())
+}
+
+enum ByRule {
+    /// The rule is not for such a conflict: trying again is of no use.
+    Unfit(String),
+    /// Somebody else was faster.
+    Closed,
+    /// Something is missing that may come.
+    NotNow(String),
+    Failed(Failure),
+}
+
+impl From<Failure> for ByRule {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+/// What a node returned for a step.
+#[derive(Debug, Default)]
+struct Answer {
+    said: Option<String>,
+    rows: Vec<Value>,
+}
+
+/// One resolution under way. The sessions hold the lock of their nodes.
+pub struct Work<'r, 'c> {
+    context: &'r Context,
+    crew: &'r mut Crew<'c>,
+    limits: Limits,
+    by_whom: String,
+    /// What was done so far; to be told also if it does not succeed.
+    pub deeds: Vec<Deed>,
+}
+
+impl<'r, 'c> Work<'r, 'c> {
+    /// Nothing is done yet. `by_whom` goes into the log.
+    pub fn new(context: &'r Context, crew: &'r mut Crew<'c>, limits: Limits, by_whom: String) -> Self {
+        Self { context, crew, limits, by_whom, deeds: Vec::new() }
+    }
+
+    async fn by_rule(&mut self, rule: &Rule, conflict: &Conflict) -> Result<Resolved, ByRule> {
+        // Where a version is chosen before anything is done, both sides must be seen; a crown is given afterwards.
+        let patience = match rule.strategy {
+            Strategy::Newest { .. } | Strategy::KeepNode(_) => COUNTERPART_BOUND,
+            _ => Duration::ZERO,
+        };
+        let mut group = self.both_sides(conflict, patience).await?;
+        let fresh = group.iter().find(|other| (&other.node, other.id) == (&conflict.node, conflict.id));
+        let conflict = &fresh.filter(|conflict| conflict.is_open()).cloned().ok_or(ByRule::Closed)?;
+        let course = resolve::course_of_rule(&rule.strategy, conflict, &group).map_err(ByRule::Unfit)?;
+        if course == Course::Skip {
+            group = vec![conflict.clone()];
+        }
+        if matches!(course, Course::Deactivate { .. }) {
+            // No row must lose its flag while there is no node to give it to another.
+            let sights = self.sights().await?;
+            let candidates = group.iter().map(|conflict| conflict.node.as_str()).collect();
+            if resolve::hand(&self.context.config, &sights, &candidates).is_none() {
+                return Err(ByRule::NotNow("none of the nodes that met this conflict is writable".into()));
+            }
+        }
+        let mut resolved = self.follow(&course, group).await?;
+        resolved.resolution = format!("rule {}: {}", rule.strategy.name(), resolved.resolution);
+        self.settle(&resolved).await?;
+        if let Some(notify) = &rule.notify {
+            // The data are right by now; that nobody could be told does not make them wrong.
+            if let Err(why) = self.tell(notify, &resolved.row).await {
+                resolved.notes.push(format!("channel {:?} was not notified: {why}", notify.channel));
+            }
+        }
+        Ok(resolved)
+    }
+
+    /// Brings about what was decided for all of the conflicts, up to where all nodes have the same rows.
+    pub async fn follow(&mut self, course: &Course, group: Vec<Conflict>) -> Result<Resolved, Failure> {
+        let mut group = self.settle_down(course, group).await?;
+        let mut resolved = match course {
+            Course::Keep(winner) => self.make_alike(course, winner, &mut group).await?,
+            Course::Deactivate { flag, by } => self.crown(course, flag, by, &mut group).await?,
+            Course::Skip => Resolved {
+                row: Value::Null,
+                resolution: "transaction skipped".into(),
+                conflicts: Vec::new(),
+                not_compared: Vec::new(),
+                notes: Vec::new(),
+            },
+        };
+        resolved.conflicts = group.into_iter().map(|conflict| (conflict.node, conflict.id)).collect();
+        Ok(resolved)
+    }
+
+    /// Writes what was done into the log of all nodes concerned.
+    pub async fn settle(&mut self, resolved: &Resolved) -> Result<(), Failure> {
+        let steps = resolved.conflicts.iter().map(|(node, id)| Step::Settle {
+            node: node.clone(),
+            id: *id,
+            resolution: resolved.resolution.clone(),
+        });
+        self.perform_all(&steps.collect::<Vec<_>>()).await
+    }
+
+    async fn tell(&mut self, notify: &crate::config::Notify, row: &Value) -> Result<(), String> {
+        let payload = notify.payload.fill(row)?;
+        let step = |node| Step::Notify { node, channel: notify.channel.clone(), payload: payload.clone() };
+        let steps: Vec<Step> = self.crew.names().into_iter().map(step).collect();
+        self.perform_all(&steps).await.map_err(|failure| failure.message)
+    }
+
+    /// Tells in the log what a person should know; the conflict stays open.
+    async fn note(&mut self, node: &str, id: i64, text: &str) {
+        if let Err(error) = self.crew.ask(node, sql::NOTE, &[&id, &text], LOOK_BOUND).await {
+            tracing::warn!(%error, id, "not noted in the log: {text}");
+        }
+    }
+
+    // ---- looking ----
+
+    fn halted(&self, halt: Halt, waiting_for: &str) -> Failure {
+        Failure::new(Kind::Undone, format!("{halt} while waiting for {waiting_for}"))
+    }
+
+    fn troubled(&mut self, error: NodeError) -> Failure {
+        if error.trouble == Trouble::Lost {
+            self.crew.give_up(&error.node);
+        }
+        error.into()
+    }
+
+    /// These conflicts with all others that are open now and belong to them, from all connected nodes.
+    async fn gather(&mut self, known: &[Conflict]) -> Result<Vec<Conflict>, Failure> {
+        let Some(first) = known.iter().find(|conflict| conflict.is_clash()) else { return Ok(known.to_vec()) };
+        let mut group = known.to_vec();
+        loop {
+            let keys = resolve::keys(&group);
+            let found = self.related(first, &keys).await?;
+            for member in known.iter().filter(|conflict| conflict.is_clash()) {
+                group = merge(group, resolve::group(member, &found));
+            }
+            // A conflict that was not known before may bring in rows, and through them others.
+            if resolve::keys(&group).len() == keys.len() {
+                return Ok(group);
+            }
+        }
+    }
+
+    /// The open conflicts of all nodes, of whatever type, in which rows with these keys take part.
+    async fn related(&mut self, like: &Conflict, keys: &[Value]) -> Result<Vec<Conflict>, Failure> {
+        let names = self.crew.names();
+        let table = (&like.schemaname, &like.relname);
+        let looks =
+            join_all(names.iter().map(async |node| {
+                conflict::related(self.crew.session(node)?, &self.context.config, table, keys).await
+            }));
+        let looks = self.limits.run(looks).await.map_err(|halt| self.halted(halt, "the nodes' logs"))?;
+        let mut found = Vec::new();
+        for look in looks {
+            found.extend(look.map_err(|error| self.troubled(error))?);
+        }
+        Ok(found)
+    }
+
+    /// The quarrel as it is now, with its other side, which is given a moment to come up: both sides usually meet at once.
+    pub async fn both_sides(&mut self, conflict: &Conflict, patience: Duration) -> Result<Vec<Conflict>, Failure> {
+        let until = Instant::now() + patience;
+        let reachable = conflict.peer.as_ref().is_some_and(|peer| self.crew.session(peer).is_ok());
+        loop {
+            let group = self.look_again(vec![conflict.clone()]).await?;
+            let complete = !conflict.is_clash() || resolve::counterpart(conflict, &group).is_some();
+            if complete || !reachable || Instant::now() >= until {
+                return Ok(group);
+            }
+            sleep(PAUSE).await;
+        }
+    }
+
+    /// The rows of the quarrel, as each node that has a conflict of them has them now; and that conflict of each node.
+    async fn observe(
+        &mut self,
+        group: &[Conflict],
+        keys: &[Value],
+    ) -> Result<(BTreeMap<String, Rows>, BTreeMap<String, i64>), Failure> {
+        let mut ids: BTreeMap<String, i64> = BTreeMap::new();
+        for conflict in group {
+            ids.entry(conflict.node.clone()).or_insert(conflict.id);
+        }
+        let asked = json!(keys).to_string();
+        let looks = join_all(ids.iter().map(async |(node, id)| {
+            let session = self.crew.session(node)?;
+            let mut rows = Rows::new();
+            for row in session.rows(sql::VERSIONS, &[id, &asked], LOOK_BOUND).await? {
+                let read = |column: &str| {
+                    serde_json::from_str::<Value>(row.get(column)).map_err(|error| {
+                        session.error(Trouble::Refused, format!("a row of conflict {id} is not understood: {error}"))
+                    })
+                };
+                let (key, tuple) = (read("key")?, read("tuple")?);
+                rows.insert(key.to_string(), Row { key, tuple });
+            }
+            Ok::<_, NodeError>((node.clone(), rows))
+        }));
+        let looks = self.limits.run(looks).await.map_err(|halt| self.halted(halt, "the rows"))?;
+        let mut nodes = BTreeMap::new();
+        for look in looks {
+            let (node, rows) = look.map_err(|error| self.troubled(error))?;
+            nodes.insert(node, rows);
+        }
+        Ok((nodes, ids))
+    }
+
+    // ---- acting ----
+
+    /// Takes steps: those on one node one after the other, the nodes at the same time. The results in the steps' order.
+    async fn perform<'s>(&mut self, steps: &'s [Step]) -> Result<Vec<(&'s Step, Result<Answer, NodeError>)>, Failure> {
+        let mut nodes: BTreeMap<&str, Vec<(usize, &Step)>> = BTreeMap::new();
+        for (place, step) in steps.iter().enumerate() {
+            if let Some(node) = step.node() {
+                nodes.entry(node).or_default().push((place, step));
+            }
+        }
+        let work = join_all(nodes.iter().map(async |(node, steps)| {
+            let mut results = Vec::new();
+            for (place, step) in steps {
+                let result = match self.crew.session(node) {
+                    Ok(session) => take(session, step, &self.by_whom).await,
+                    Err(error) => Err(error),
+                };
+                let failed = result.is_err();
+                results.push((*place, *step, result));
+                if failed {
+                    break;
+                }
+            }
+            results
+        }));
+        let results = match self.limits.run(work).await {
+            Ok(results) => results,
+            Err(halt) => {
+                // What was asked last may be done or not: these sessions are of no use any more.
+                let names: Vec<String> = nodes.keys().map(|node| (*node).to_owned()).collect();
+                let failure = self.halted(halt, &format!("an answer of {}", names.join(" or ")));
+                names.iter().for_each(|node| self.crew.give_up(node));
+                return Err(failure);
+            }
+        };
+        let mut results: Vec<_> = results.into_iter().flatten().collect();
+        results.sort_by_key(|(place, ..)| *place);
+        for (_, step, result) in &results {
+            match result {
+                Ok(answer) => {
+                    let what = step.to_string();
+                    let what = what.split_once(": ").map_or(what.as_str(), |(_, what)| what).to_owned();
+                    let node = step.node().unwrap_or_default().to_owned();
+                    tracing::info!(node, what, "done");
+                    self.deeds.push(Deed { node, what, said: answer.said.clone() });
+                }
+                Err(error) if error.trouble == Trouble::Lost => self.crew.give_up(&error.node),
+                Err(_) => {}
+            }
+        }
+        Ok(results.into_iter().map(|(_, step, result)| (step, result)).collect())
+    }
+
+    async fn perform_all(&mut self, steps: &[Step]) -> Result<(), Failure> {
+        for (_, result) in self.perform(steps).await? {
+            result?;
+        }
+        Ok(())
+    }
+
+    /// Answers every conflict of the quarrel, those that come up meanwhile included, until none holds up replication.
+    async fn settle_down(&mut self, course: &Course, mut group: Vec<Conflict>) -> Result<Vec<Conflict>, Failure> {
+        // For each conflict: how often it was answered, how often it had come up then, and what the node refused.
+        let mut answers: BTreeMap<(String, i64), (usize, i64, Option<NodeError>)> = BTreeMap::new();
+        loop {
+            let mut steps = Vec::new();
+            for conflict in &group {
+                let Some(step) = resolve::answer(course, conflict) else { continue };
+                let (times, seen, refused) = answers.entry((conflict.node.clone(), conflict.id)).or_default();
+                // Nobody else has closed it since, so the refusal counts.
+                if let Some(error) = refused.take() {
+                    return Err(error.into());
+                }
+                if *times > 0 && conflict.occurrences <= *seen {
+                    continue;
+                }
+                if *times >= ANSWERS {
+                    let why = conflict.message.as_deref().unwrap_or("no reason is known");
+                    return Err(Failure::new(
+                        Kind::Undone,
+                        format!("{} comes up again and again: {why}", conflict.name()),
+                    ));
+                }
+                (*times, *seen) = (*times + 1, conflict.occurrences);
+                steps.push(step);
+            }
+            for (step, result) in self.perform(&steps).await? {
+                let (Step::MakeRoom { node, id, .. } | Step::Resolve { node, id, .. } | Step::Skip { node, id }) = step
+                else {
+                    continue;
+                };
+                match result {
+                    Ok(answer) => {
+                        if let Some(conflict) = group.iter_mut().find(|c| c.node == *node && c.id == *id) {
+                            as_they_were(conflict, &answer.rows);
+                        }
+                    }
+                    Err(error) if error.trouble == Trouble::Refused => {
+                        answers.entry((node.clone(), *id)).or_default().2 = Some(error);
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            if *course == Course::Skip {
+                return match answers.into_values().find_map(|(.., refused)| refused) {
+                    Some(error) => Err(error.into()),
+                    None => Ok(group),
+                };
+            }
+            group = self.look_again(group).await?;
+            let waiting: Vec<String> = group
+                .iter()
+                .filter(|c| c.is_open() && (c.blocking || resolve::answer(course, c).is_some()))
+                .map(Conflict::name)
+                .collect();
+            if waiting.is_empty() {
+                return Ok(group);
+            }
+            let what = format!("replication to go on past {}", waiting.join(", "));
+            self.limits.run(sleep(PAUSE)).await.map_err(|halt| self.halted(halt, &what))?;
+        }
+    }
+
+    /// The conflicts of a quarrel as they are now, with those that have come up since.
+    async fn look_again(&mut self, mut group: Vec<Conflict>) -> Result<Vec<Conflict>, Failure> {
+        let clash = group.iter().any(Conflict::is_clash);
+        if !clash {
+            for known in &mut group {
+                let look = match self.crew.session(&known.node) {
+                    Ok(session) => conflict::by_id(session, &self.context.config, known.id).await,
+                    Err(error) => Err(error),
+                };
+                match look {
+                    Ok(Some(now)) => *known = now,
+                    Ok(None) => close(known),
+                    Err(error) => return Err(self.troubled(error)),
+                }
+            }
+            return Ok(group);
+        }
+        // What is not found among the open ones is closed.
+        group.iter_mut().for_each(close);
+        self.gather(&group).await
+    }
+
+    /// Gives the flag to one of the rows, on one node, and waits until all nodes have it so.
+    async fn crown(
+        &mut self,
+        course: &Course,
+        flag: &str,
+        by: &str,
+        group: &mut Vec<Conflict>,
+    ) -> Result<Resolved, Failure> {
+        let mut crowned: Option<Step> = None;
+        loop {
+            let keys = resolve::keys(group);
+            let (nodes, ids) = self.observe(group, &keys).await?;
+            let sights = self.sights().await?;
+            let candidates: BTreeSet<&str> = ids.keys().map(String::as_str).collect();
+            let Some(hand) = resolve::hand(&self.context.config, &sights, &candidates) else {
+                let message = format!("no node is writable any more: no row could be given {flag}");
+                return Err(Failure::new(Kind::Undone, message));
+            };
+            let (rows, id) = (&nodes[hand], &ids[hand]);
+            let winner = resolve::crown(flag, by, group, rows).map_err(|flaw| Failure::new(Kind::Undone, flaw))?;
+            let right = nodes.values().all(|rows| resolve::is_crowned(flag, rows, winner));
+            if right && resolve::are_alike(&nodes) {
+                let resolution = match winner {
+                    Some(row) => format!("winner {}, {by} {}", row.key, row.tuple[by]),
+                    None => format!("no row has {flag} any more"),
+                };
+                let row = winner.map_or(Value::Null, |row| row.tuple.clone());
+                let (not_compared, notes) = (self.without(&ids), Vec::new());
+                return Ok(Resolved { row, resolution, conflicts: Vec::new(), not_compared, notes });
+            }
+            let step = resolve::coronation(hand, *id, flag, rows, winner);
+            if crowned.as_ref() != Some(&step) {
+                self.perform_all(std::slice::from_ref(&step)).await?;
+                crowned = Some(step);
+            } else {
+                let waiting = self.limits.run(sleep(PAUSE)).await;
+                waiting.map_err(|halt| self.halted(halt, "the nodes to become alike"))?;
+            }
+            // What the other node wrote a moment later may have come up against it.
+            *group = self.look_again(std::mem::take(group)).await?;
+            if group.iter().any(|conflict| conflict.is_open() && conflict.blocking) {
+                *group = self.settle_down(course, std::mem::take(group)).await?;
+            }
+        }
+    }
+
+    async fn sights(&mut self) -> Result<Vec<Sight>, Failure> {
+        let looks = self.limits.run(sights(self.context, self.crew)).await;
+        looks.map_err(|halt| self.halted(halt, "the nodes' states"))
+    }
+
+    /// Connected nodes that are not among these.
+    fn without(&self, ids: &BTreeMap<String, i64>) -> Vec<String> {
+        self.crew.names().into_iter().filter(|node| !ids.contains_key(node)).collect()
+    }
+
+    /// Waits until all nodes have the rows as the winner's node has them, and sees to it if they do not get there by themselves.
+    async fn make_alike(
+        &mut self,
+        course: &Course,
+        winner: &Version,
+        group: &mut Vec<Conflict>,
+    ) -> Result<Resolved, Failure> {
+        let (mut rounds, mut provoked) = (0, false);
+        let mut since = Instant::now();
+        loop {
+            let keys = resolve::keys(group);
+            // Whatever else a node has against these rows gives a way to look at them.
+            let others = match group.first().cloned() {
+                Some(first) => self.related(&first, &keys).await?,
+                None => Vec::new(),
+            };
+            let handles: Vec<Conflict> = group.iter().cloned().chain(others).collect();
+            let (nodes, ids) = self.observe(&handles, &keys).await?;
+            let not_compared = self.without(&ids);
+            let authority = resolve::authority(winner, &nodes)
+                .ok_or_else(|| Failure::new(Kind::Undone, format!("the rows of {} are not known", winner.origin)))?;
+            let alike = resolve::are_alike(&nodes);
+            let patient = since.elapsed() < GRACE;
+            if alike && (not_compared.is_empty() || (provoked && !patient)) {
+                let row = nodes.get(authority).and_then(|rows| rows.get(&winner.key.to_string()));
+                let row = row.map_or(Value::Null, |row| row.tuple.clone());
+                let resolution = format!("winner {winner}");
+                return Ok(Resolved { row, resolution, conflicts: Vec::new(), not_compared, notes: Vec::new() });
+            }
+            if patient && (!alike || provoked) {
+                let waiting = self.limits.run(sleep(PAUSE)).await;
+                waiting.map_err(|halt| self.halted(halt, "the nodes to become alike"))?;
+            } else if alike {
+                // A node that has nothing against these rows cannot be asked for them. Rewriting the winner makes it have
+                // the same, or, if it lacks the row, say so.
+                provoked = true;
+                let writable = self.sights().await?.iter().any(|sight| sight.node == authority && sight.up);
+                let row = nodes.get(authority).and_then(|rows| rows.get(&winner.key.to_string()));
+                if let (true, Some(row), Some(id)) = (writable, row, ids.get(authority)) {
+                    let rows = vec![(row.key.clone(), json!({}))];
+                    self.perform_all(&[Step::Assign { node: authority.to_owned(), id: *id, rows }]).await?;
+                }
+                since = Instant::now();
+            } else {
+                rounds += 1;
+                if rounds > ROUNDS {
+                    let message = format!("the nodes were made alike {ROUNDS} times and have drifted apart again");
+                    return Err(
+                        Failure::new(Kind::Undone, message).hint("see what writes to these rows, and run it again")
+                    );
+                }
+                let sights = self.sights().await?;
+                let steps = resolve::mend(authority, &nodes, &ids, &sights)
+                    .map_err(|flaw| Failure::new(Kind::Undone, flaw).hint("bring that node up, and run it again"))?;
+                self.perform_all(&steps).await?;
+                since = Instant::now();
+            }
+            *group = self.look_again(std::mem::take(group)).await?;
+            if group.iter().any(|conflict| conflict.is_open() && conflict.blocking) {
+                *group = self.settle_down(course, std::mem::take(group)).await?;
+                since = Instant::now();
+            }
+        }
+    }
+
+    /// Waits until the subscriptions between the nodes of these conflicts work; returns those that do not.
+    pub async fn streaming(&mut self, nodes: &BTreeSet<String>, bound: Duration) -> Result<Vec<String>, Failure> {
+        let until = Instant::now() + bound;
+        loop {
+            let looks = join_all(nodes.iter().map(async |node| {
+                let rows = self.crew.session(node)?.rows(sql::SUBSCRIPTIONS, &[], LOOK_BOUND).await?;
+                Ok::<_, NodeError>((node, rows))
+            }));
+            let looks = self.limits.run(looks).await.map_err(|halt| self.halted(halt, "the subscriptions"))?;
+            let mut idle = Vec::new();
+            for look in looks {
+                let (node, rows) = look?;
+                for row in rows {
+                    let (name, working): (String, bool) = (row.get("name"), row.get("working"));
+                    let source = self.context.config.source_of(node, &name);
+                    if !working && source.is_some_and(|source| nodes.contains(&source.name)) {
+                        idle.push(format!("{name} on {node}"));
+                    }
+                }
+            }
+            if idle.is_empty() || Instant::now() >= until {
+                return Ok(idle);
+            }
+            self.limits.run(sleep(PAUSE)).await.map_err(|halt| self.halted(halt, &idle.join(", ")))?;
+        }
+    }
+}
+
+/// Conflicts as known, with what was found now. Rows that were in the way earlier stay in the record: they have been moved out
+/// of it by us.
+fn merge(known: Vec<Conflict>, found: Vec<Conflict>) -> Vec<Conflict> {
+    let mut group = known;
+    for mut now in found {
+        match group.iter_mut().find(|conflict| (&conflict.node, conflict.id) == (&now.node, now.id)) {
+            Some(earlier) => {
+                for row in &earlier.local_conflicts {
+                    match now.local_conflicts.iter_mut().find(|other| other.key == row.key) {
+                        Some(other) => *other = row.clone(),
+                        None => now.local_conflicts.push(row.clone()),
+                    }
+                }
+                *earlier = now;
+            }
+            None => group.push(now),
+        }
+    }
+    group
+}
+
+fn close(conflict: &mut Conflict) {
+    if conflict.is_open() {
+        conflict.status = "closed".into();
+        conflict.blocking = false;
+    }
+}
+
+/// Corrects what was recorded of the rows in the way by what they were when room was made.
+fn as_they_were(conflict: &mut Conflict, rows: &[Value]) {
+    for row in rows {
+        let has = |key: &Value| {
+            key.as_object().is_some_and(|key| key.iter().all(|(column, value)| row.get(column) == Some(value)))
+        };
+        if let Some(local) = conflict.local_conflicts.iter_mut().find(|local| has(&local.key)) {
+            local.tuple = row.clone();
+        }
+    }
+}
+
+async fn take(session: &Session, step: &Step, by_whom: &str) -> Result<Answer, NodeError> {
+    let refused = |message: String| session.error(Trouble::Refused, message);
+    let said = |row: tokio_postgres::Row| Answer { said: row.get("done"), rows: Vec::new() };
+    match step {
+        Step::MakeRoom { id, assignments, .. } => {
+            let assignments = assignments.to_string();
+            let rows = session.rows(sql::MAKE_ROOM, &[id, &assignments], STEP_BOUND).await?;
+            let rows = rows.iter().map(|row| serde_json::from_str(row.get("tuple")));
+            let rows =
+                rows.collect::<Result<_, _>>().map_err(|error| refused(format!("row not understood: {error}")))?;
+            Ok(Answer { said: None, rows })
+        }
+        Step::Resolve { id, keep, .. } => session.row(sql::RESOLVE, &[id, &keep.word()], STEP_BOUND).await.map(said),
+        Step::Skip { id, .. } => session.row(sql::SKIP, &[id], STEP_BOUND).await.map(said),
+        Step::Assign { id, rows, .. } => {
+            let changes = json!(rows).to_string();
+            let changed: i64 = session.row(sql::ASSIGN, &[id, &changes], STEP_BOUND).await?.get("changed");
+            let gone = rows.len() as i64 - changed;
+            Ok(Answer { said: (gone > 0).then(|| format!("{gone} of the rows were gone")), rows: Vec::new() })
+        }
+        Step::Remove { id, key, .. } => {
+            session.row(sql::REMOVE, &[id, &key.to_string()], STEP_BOUND).await.map(|_| Answer::default())
+        }
+        Step::Put { id, tuple, .. } => {
+            session.row(sql::PUT, &[id, &tuple.to_string()], STEP_BOUND).await.map(|_| Answer::default())
+        }
+        Step::Settle { id, resolution, .. } => {
+            let settled: bool = session.row(sql::SETTLE, &[id, resolution, &by_whom], STEP_BOUND).await?.get("settled");
+            Ok(Answer { said: (!settled).then(|| "it was closed already".into()), rows: Vec::new() })
+        }
+        Step::Notify { channel, payload, .. } => {
+            session.row(sql::NOTIFY, &[channel, payload], STEP_BOUND).await.map(|_| Answer::default())
+        }
+        Step::WaitApplied { .. } => Ok(Answer::default()),
+    }
+}
