@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::DEFAULT_PATH;
 use crate::hop::STEPS;
+use crate::resolve::Wish;
 
 /// Does what two live PostgreSQL nodes need from outside: status, down, up, switchover.
 #[derive(Debug, Parser)]
@@ -85,6 +86,70 @@ pub enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Shows conflicts and errors of replication, and resolves them on all nodes.
+    #[command(subcommand)]
+    Conflicts(Conflicts),
+}
+
+/// The commands under `conflicts`.
+#[derive(Debug, Subcommand)]
+pub enum Conflicts {
+    /// Lists the conflicts that are open.
+    List {
+        /// Of this node only.
+        #[arg(long)]
+        node: Option<String>,
+        /// Those that are closed, too.
+        #[arg(long)]
+        all: bool,
+    },
+    /// Shows everything about one conflict: both versions side by side, the transaction, what can be done.
+    Show {
+        /// The conflict, as the list names it; the number alone will do if only one node has it.
+        #[arg(value_name = "NODE/NUMBER")]
+        id: ConflictId,
+    },
+    /// Keeps one of the versions, on all nodes, and lets replication go on.
+    Resolve {
+        /// The conflict, as the list names it; the number alone will do if only one node has it.
+        #[arg(value_name = "NODE/NUMBER")]
+        id: ConflictId,
+        /// Whose version wins: that of the node in the conflict's name, that of the other node, or the one committed later.
+        #[arg(long)]
+        keep: Wish,
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Skips the whole transaction that a conflict stopped, on its node: the nodes differ from then on.
+    Skip {
+        /// The conflict, as the list names it; the number alone will do if only one node has it.
+        #[arg(value_name = "NODE/NUMBER")]
+        id: ConflictId,
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+/// Names a conflict: `sikorsky/12`, or `12`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConflictId {
+    /// The node whose log it is in.
+    pub node: Option<String>,
+    /// Its number there.
+    pub number: i64,
+}
+
+impl FromStr for ConflictId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (node, number) = text.rsplit_once('/').map_or((None, text), |(node, number)| (Some(node), number));
+        let number = number.parse().ok().filter(|number| *number > 0);
+        let number = number.ok_or("must be a number, or NODE/NUMBER as in `conflicts list`")?;
+        Ok(Self { node: node.map(str::to_owned), number })
+    }
 }
 
 impl Command {
@@ -97,6 +162,10 @@ impl Command {
             Self::Hop(_) => "hop",
             Self::Activate { .. } => "activate",
             Self::Refresh { .. } => "refresh",
+            Self::Conflicts(Conflicts::List { .. }) => "conflicts list",
+            Self::Conflicts(Conflicts::Show { .. }) => "conflicts show",
+            Self::Conflicts(Conflicts::Resolve { .. }) => "conflicts resolve",
+            Self::Conflicts(Conflicts::Skip { .. }) => "conflicts skip",
         }
     }
 }
@@ -191,6 +260,23 @@ mod tests {
         assert!(parse("x hop a --deadline 1ms").is_err());
         assert!(parse("x status --watch").is_ok());
         assert!(parse("x status --watch 5 --json").is_ok());
+    }
+
+    #[test]
+    fn conflicts_are_named_by_node_and_number() {
+        assert_eq!("12".parse(), Ok(ConflictId { node: None, number: 12 }));
+        assert_eq!("a.b-c/7".parse(), Ok(ConflictId { node: Some("a.b-c".into()), number: 7 }));
+        for bad in ["", "a", "a/", "a/0", "/", "a/-3", "a/1x"] {
+            assert!(bad.parse::<ConflictId>().is_err(), "{bad}");
+        }
+        let parse = |line: &str| Cli::try_parse_from(line.split(' '));
+        assert!(parse("x conflicts list --node a --all --json").is_ok());
+        assert!(parse("x conflicts show a/1").is_ok());
+        assert!(parse("x conflicts resolve 1 --keep newest --dry-run").is_ok());
+        assert!(parse("x conflicts resolve 1").is_err());
+        assert!(parse("x conflicts resolve 1 --keep both").is_err());
+        assert!(parse("x conflicts skip a/1").is_ok());
+        assert!(parse("x conflicts skip").is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use comfy_table::{Attribute, Cell, Table, presets};
 use serde_json::{Map, Value, json};
 
 use crate::cli::{Cli, Command};
@@ -16,6 +17,7 @@ use crate::sql;
 use crate::stop::Signals;
 
 pub mod activate;
+pub mod conflicts;
 pub mod down;
 pub mod hop;
 pub mod refresh;
@@ -108,6 +110,7 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Hop(options) => hop::run(&context, options).await,
         Command::Activate { node, dry_run } => activate::run(&context, node, *dry_run).await,
         Command::Refresh { dry_run } => refresh::run(&context, *dry_run).await,
+        Command::Conflicts(verb) => conflicts::run(&context, verb).await,
     };
     context.connector.farewell().await;
     result
@@ -145,6 +148,18 @@ pub fn print(text: &str) {
     use std::io::Write as _;
     let mut out = anstream::stdout().lock();
     let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+}
+
+/// A table without lines, with a bold header.
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.set_header(header.iter().map(|title| Cell::new(title).add_attribute(Attribute::Bold)));
+    table
+}
+
+fn render(table: &Table) -> String {
+    table.lines().fold(String::new(), |text, line| text + line.trim_end() + "\n")
 }
 
 /// Opens a database through its session.

@@ -7,11 +7,11 @@ use std::fmt::Write as _;
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
-use comfy_table::{Attribute, Cell, Color, Table, presets};
+use comfy_table::{Cell, Color};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
-use super::{Context, Reply, print};
+use super::{Context, Reply, print, render, table};
 use crate::config::Node;
 use crate::crew::{CONNECT_BOUND, LOOK_BOUND};
 use crate::facts::{self, Direction, Facts, Verdict};
@@ -97,17 +97,6 @@ async fn once(context: &Context) -> Reply {
     let json = json!({"command": "status", "nodes": nodes, "replication": directions, "unfinished_hop": hop,
         "verdict": verdict});
     Reply { text, json, kind }
-}
-
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header(header.iter().map(|title| Cell::new(title).add_attribute(Attribute::Bold)));
-    table
-}
-
-fn render(table: &Table) -> String {
-    table.lines().fold(String::new(), |text, line| text + line.trim_end() + "\n")
 }
 
 fn text(
