@@ -94,11 +94,13 @@ pub struct Outcome {
     pub end: End,
     /// What was done, in order.
     pub deeds: Vec<Deed>,
+    /// What else should be known of a resolution.
+    pub notes: Vec<String>,
 }
 
 impl From<End> for Outcome {
     fn from(end: End) -> Self {
-        Self { end, deeds: Vec::new() }
+        Self { end, deeds: Vec::new(), notes: Vec::new() }
     }
 }
 
@@ -239,13 +241,18 @@ pub async fn resolve_by_rules(
     let mut work = Work::new(context, crew, limits, format!("stillebot-agent watch on {}", hostname()));
     let result = work.by_rule(rule, &conflict).await;
     let deeds = std::mem::take(&mut work.deeds);
+    let mut notes = Vec::new();
     let end = match result {
         Ok(resolved) => {
             for (node, id) in &resolved.conflicts {
                 attempts.forget(node, *id);
             }
-            for note in resolved.notes {
-                tracing::warn!(node, id, note, "resolved");
+            notes = resolved.notes;
+            if !resolved.not_compared.is_empty() {
+                notes.push(format!(
+                    "not compared: {}, which met no conflict of these rows",
+                    resolved.not_compared.join(", ")
+                ));
             }
             End::Resolved(resolved.resolution)
         }
@@ -281,7 +288,7 @@ pub async fn resolve_by_rules(
         }
     };
     crew.unlock().await;
-    Outcome { end, deeds }
+    Outcome { end, deeds, notes }
 }
 
 fn hostname() -> String {
@@ -309,6 +316,8 @@ impl From<Failure> for ByRule {
 struct Answer {
     said: Option<String>,
     rows: Vec<Value>,
+    /// There was nothing left to do.
+    idle: bool,
 }
 
 /// One resolution under way. The sessions hold the lock of their nodes.
@@ -535,6 +544,7 @@ impl<'r, 'c> Work<'r, 'c> {
         results.sort_by_key(|(place, ..)| *place);
         for (_, step, result) in &results {
             match result {
+                Ok(answer) if answer.idle => {}
                 Ok(answer) => {
                     let what = step.to_string();
                     let what = what.split_once(": ").map_or(what.as_str(), |(_, what)| what).to_owned();
@@ -832,7 +842,7 @@ fn as_they_were(conflict: &mut Conflict, rows: &[Value]) {
 
 async fn take(session: &Session, step: &Step, by_whom: &str) -> Result<Answer, NodeError> {
     let refused = |message: String| session.error(Trouble::Refused, message);
-    let said = |row: tokio_postgres::Row| Answer { said: row.get("done"), rows: Vec::new() };
+    let said = |row: tokio_postgres::Row| Answer { said: row.get("done"), ..Answer::default() };
     match step {
         Step::MakeRoom { id, assignments, .. } => {
             let assignments = assignments.to_string();
@@ -840,7 +850,7 @@ async fn take(session: &Session, step: &Step, by_whom: &str) -> Result<Answer, N
             let rows = rows.iter().map(|row| serde_json::from_str(row.get("tuple")));
             let rows =
                 rows.collect::<Result<_, _>>().map_err(|error| refused(format!("row not understood: {error}")))?;
-            Ok(Answer { said: None, rows })
+            Ok(Answer { rows, ..Answer::default() })
         }
         Step::Resolve { id, keep, .. } => session.row(sql::RESOLVE, &[id, &keep.word()], STEP_BOUND).await.map(said),
         Step::Skip { id, .. } => session.row(sql::SKIP, &[id], STEP_BOUND).await.map(said),
@@ -848,7 +858,7 @@ async fn take(session: &Session, step: &Step, by_whom: &str) -> Result<Answer, N
             let changes = json!(rows).to_string();
             let changed: i64 = session.row(sql::ASSIGN, &[id, &changes], STEP_BOUND).await?.get("changed");
             let gone = rows.len() as i64 - changed;
-            Ok(Answer { said: (gone > 0).then(|| format!("{gone} of the rows were gone")), rows: Vec::new() })
+            Ok(Answer { said: (gone > 0).then(|| format!("{gone} of the rows were gone")), ..Answer::default() })
         }
         Step::Remove { id, key, .. } => {
             session.row(sql::REMOVE, &[id, &key.to_string()], STEP_BOUND).await.map(|_| Answer::default())
@@ -858,7 +868,7 @@ async fn take(session: &Session, step: &Step, by_whom: &str) -> Result<Answer, N
         }
         Step::Settle { id, resolution, .. } => {
             let settled: bool = session.row(sql::SETTLE, &[id, resolution, &by_whom], STEP_BOUND).await?.get("settled");
-            Ok(Answer { said: (!settled).then(|| "it was closed already".into()), rows: Vec::new() })
+            Ok(Answer { idle: !settled, ..Answer::default() })
         }
         Step::Notify { channel, payload, .. } => {
             session.row(sql::NOTIFY, &[channel, payload], STEP_BOUND).await.map(|_| Answer::default())

@@ -373,14 +373,14 @@ async fn lock(crew: &Crew<'_>, dry_run: bool) -> Result<(), Failure> {
 
 fn deeds(deeds: &[Deed]) -> String {
     let line = |deed: &Deed| match &deed.said {
-        Some(said) => format!("{}: {} ({said})\n", deed.node, deed.what),
-        None => format!("{}: {}\n", deed.node, deed.what),
+        Some(said) => format!("  {}: {} ({said})\n", deed.node, deed.what),
+        None => format!("  {}: {}\n", deed.node, deed.what),
     };
     deeds.iter().map(line).collect()
 }
 
-/// What stands when it did not succeed.
-fn failed(mut failure: Failure, done: &[Deed], again: &str) -> Failure {
+/// What stands when it did not succeed. `again`: commands that go on with it, each while its conflict is open.
+fn failed(mut failure: Failure, done: &[Deed], again: &[String]) -> Failure {
     failure.report.insert("steps".into(), json!(done));
     if done.is_empty() {
         failure.message = format!("{}; nothing was changed", failure.message);
@@ -392,7 +392,11 @@ fn failed(mut failure: Failure, done: &[Deed], again: &str) -> Failure {
         Some(detail) => format!("{detail}\n{stands}"),
         None => stands,
     });
-    let hint = format!("see `conflicts list`; if it is open there, {again} goes on with it");
+    let again: Vec<String> = again.iter().map(|command| format!("`{command}`")).collect();
+    let hint = match again.join(" or ") {
+        none if none.is_empty() => "see `conflicts list`".to_owned(),
+        commands => format!("see `conflicts list`, and go on with what is open there: {commands}"),
+    };
     failure.hint = Some(match failure.hint {
         Some(earlier) => format!("{earlier}\n{hint}"),
         None => hint,
@@ -405,10 +409,9 @@ async fn resolve(context: &Context, id: &ConflictId, wish: Wish, dry_run: bool) 
     lock(&crew, dry_run).await?;
     let limits = Limits::new(BOUND, &context.signals);
     let name = conflict.name();
-    let again = format!("`conflicts resolve {name} --keep {}` again", wish.word());
     let mut work = Work::new(context, &mut crew, limits, format!("stillebot-agent conflicts by {}", whoami()));
 
-    let group = work.both_sides(&conflict, COUNTERPART_BOUND).await.map_err(|failure| failed(failure, &[], &again))?;
+    let group = work.both_sides(&conflict, COUNTERPART_BOUND).await.map_err(|failure| failed(failure, &[], &[]))?;
     let course = resolve::course_of_wish(wish, &conflict, &group).map_err(|why| {
         Failure::new(Kind::Undone, format!("{name} cannot be resolved that way: {why}; nothing was changed"))
             .hint(format!("see `conflicts show {name}`"))
@@ -426,6 +429,14 @@ async fn resolve(context: &Context, id: &ConflictId, wish: Wish, dry_run: bool) 
         return Ok(Reply::done(text, json));
     }
 
+    // Whichever of the conflicts is left, the same version must win.
+    let again = group.iter().filter_map(|conflict| match resolve::answer(&course, conflict) {
+        Some(Step::Resolve { keep, .. }) => {
+            Some(format!("conflicts resolve {} --keep {}", conflict.name(), keep.word()))
+        }
+        _ => None,
+    });
+    let again: Vec<String> = again.collect();
     let result = async {
         let resolved = work.follow(&course, group).await?;
         work.settle(&resolved).await?;
@@ -437,7 +448,7 @@ async fn resolve(context: &Context, id: &ConflictId, wish: Wish, dry_run: bool) 
     let done = std::mem::take(&mut work.deeds);
     let (resolved, idle) = result.map_err(|failure| failed(failure, &done, &again))?;
 
-    let mut text = deeds(&done);
+    let mut text = format!("done:\n{}", deeds(&done));
     let alike =
         if resolved.not_compared.is_empty() { "all nodes have it" } else { "the nodes that were asked have it" };
     let _ = write!(text, "{name} is resolved: {}; {alike}", resolved.resolution);
@@ -488,7 +499,7 @@ async fn skip(context: &Context, id: &ConflictId, dry_run: bool) -> Result<Reply
     }
     lock(&crew, dry_run).await?;
     let limits = Limits::new(BOUND, &context.signals);
-    let again = format!("`conflicts skip {name}` again");
+    let again = [format!("conflicts skip {name}")];
     let mut work = Work::new(context, &mut crew, limits, format!("stillebot-agent conflicts by {}", whoami()));
     let result = async {
         work.follow(&Course::Skip, vec![conflict.clone()]).await?;
@@ -498,7 +509,7 @@ async fn skip(context: &Context, id: &ConflictId, dry_run: bool) -> Result<Reply
     .await;
     let done = std::mem::take(&mut work.deeds);
     let idle = result.map_err(|failure| failed(failure, &done, &again))?;
-    let mut text = format!("{}lost on {node}: {lost}", deeds(&done));
+    let mut text = format!("done:\n{}lost on {node}: {lost}", deeds(&done));
     let _ = write!(text, "{name} is skipped; the nodes differ in these rows now");
     for subscription in &idle {
         let _ = write!(text, "\nnot at work yet: {subscription}; see `conflicts list` and `status`");
