@@ -361,6 +361,16 @@ end;
 revoke execute on function multihome.progress(oid) from public;
 comment on function multihome.progress(oid) is 'Up to where, in the publisher''s WAL, the transactions of a subscription have been applied.';
 
+create function multihome.is_past(subscription oid, lsn pg_lsn) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+return coalesce(multihome.progress(subscription) >= lsn, false)
+       -- A transaction of which nothing was left to apply leaves no trace there; but keepalives are handled in order.
+       or exists (select from pg_stat_subscription w
+                   where w.subid = subscription and w.relid is null and w.leader_pid is null and w.pid is not null and w.latest_end_lsn > lsn);
+revoke execute on function multihome.is_past(oid, pg_lsn) from public;
+comment on function multihome.is_past(oid, pg_lsn) is 'Whether a subscription has got past the transaction whose commit is at lsn.';
+
 create function multihome.summary(changes jsonb, complete boolean) returns text
 language sql immutable parallel safe
 set search_path = pg_catalog, pg_temp
@@ -492,7 +502,7 @@ begin
     if redacted then
         -- Texts may quote values; the untranslated message does not.
         select coalesce(jsonb_agg(w - 'tuple'), '[]') into entry.local_conflicts from jsonb_array_elements(entry.local_conflicts) as w;
-        entry.message := event ->> 'message_id';
+        entry.message := coalesce(event ->> 'message_id', entry.message);
         entry.detail := null;
         entry.context := null;
     end if;
@@ -570,7 +580,7 @@ begin
             or case when l.transaction_kind = 'copy'
                     then not exists (select from pg_subscription_rel r
                                       where r.srsubid = l.subscription_oid and r.srrelid = l.relation and r.srsubstate not in ('s', 'r'))
-                    when l.remote_commit_lsn is not null then multihome.progress(l.subscription_oid) >= l.remote_commit_lsn
+                    when l.remote_commit_lsn is not null then multihome.is_past(l.subscription_oid, l.remote_commit_lsn)
                     else exists (select from pg_stat_subscription w
                                   where w.subid = l.subscription_oid and w.relid is null and w.pid is not null and w.last_msg_receipt_time > l.last_seen)
                     end);
@@ -651,7 +661,7 @@ begin
             detail = format('%s, by %s at %s.', entry.resolution, entry.resolved_by, entry.resolved_at);
     elsif not exists (select from pg_subscription s where s.oid = entry.subscription_oid) then
         raise object_not_in_prerequisite_state using message = format('the subscription of conflict %s was dropped', conflict_id);
-    elsif entry.blocking and multihome.progress(entry.subscription_oid) >= entry.remote_commit_lsn then
+    elsif entry.blocking and multihome.is_past(entry.subscription_oid, entry.remote_commit_lsn) then
         raise object_not_in_prerequisite_state using message = format('conflict %s is over: apply went on', conflict_id);
     end if;
     return entry;

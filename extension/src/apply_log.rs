@@ -69,7 +69,7 @@ fn note(report: &mut pg_sys::ErrorData) {
         seen: if inside { transaction.seen } else { 0 },
         failing: if inside && transaction.applying { transaction.seen } else { 0 },
         complete: inside && transaction.ended && transaction.whole,
-        texts: texts(report),
+        texts: texts(report, silent),
         relations: if inside { &transaction.relations } else { &[] },
         changes: match inside {
             true if silent && transaction.applying => transaction.last_change(),
@@ -105,15 +105,15 @@ fn kind(report: &pg_sys::ErrorData) -> Option<Kind> {
     }
 }
 
-/// In the order of [`TEXTS`].
-fn texts(report: &pg_sys::ErrorData) -> [&'static [u8]; TEXTS.len()] {
+/// In the order of [`TEXTS`]. Silent conflicts come in floods, so they are told without what the other fields say too.
+fn texts(report: &pg_sys::ErrorData, silent: bool) -> [&'static [u8]; TEXTS.len()] {
     let (message, id) = (text(report.message), text(report.message_id));
     let conflict = conflict(message, id);
     [
         message,
-        id,
+        if silent { &[] } else { id },
         text(report.detail),
-        text(report.context),
+        if silent { &[] } else { text(report.context) },
         text(report.schema_name),
         text(report.table_name),
         text(report.constraint_name),
