@@ -18,12 +18,12 @@ comment on function multihome.as_role(oid, text, text, text) is
 'Runs a query with the rights of a role and returns the first column, a text, of the first row. first, second: its parameters $1 and $2.
 Whatever of the role''s making the query calls cannot gain the rights of the caller.';
 
-create function multihome.exclude(subscription oid, lsn pg_lsn, change_number integer) returns boolean
+create function multihome.exclude(subscription oid, lsn pg_lsn, change_number integer, fingerprint bigint) returns boolean
 language c volatile strict parallel unsafe
 as 'MODULE_PATHNAME', 'multihome_exclude_wrapper';
-revoke execute on function multihome.exclude(oid, pg_lsn, integer) from public;
-comment on function multihome.exclude(oid, pg_lsn, integer) is
-'Has one change of a remote transaction, that with its commit at lsn, left out when it comes. False if too many are waited for. Forgotten at a restart; multihome.resume() says it again.';
+revoke execute on function multihome.exclude(oid, pg_lsn, integer, bigint) from public;
+comment on function multihome.exclude(oid, pg_lsn, integer, bigint) is
+'Has one change of a remote transaction, that with its commit at lsn, left out when it comes, if it still has that fingerprint. False if too many are waited for. Forgotten at a restart; multihome.resume() says it again.';
 
 create function multihome.restart(subscription oid) returns void
 language c volatile strict parallel unsafe
@@ -36,6 +36,11 @@ create function multihome.node_id() returns text
 language c stable parallel safe
 as 'MODULE_PATHNAME', 'multihome_node_id_wrapper';
 comment on function multihome.node_id() is 'This database of this server: its system identifier and the oid of the database.';
+
+create function multihome.collector() returns integer
+language c volatile parallel restricted
+as 'MODULE_PATHNAME', 'multihome_collector_wrapper';
+comment on function multihome.collector() is 'The process that records conflicts of this database; null: there is none now.';
 
 create function multihome.dropped() returns bigint
 language c volatile parallel restricted
@@ -72,6 +77,7 @@ create table multihome.log (
     context text,
     operation text,
     change_number integer,
+    fingerprint bigint,
     transaction_kind text,
     changes jsonb not null default '[]',
     changes_seen integer not null default 0,
@@ -164,22 +170,28 @@ first_seen: when the present or last such time began. healed: the subscription h
 
 -- Rows of user tables, as JSON.
 
+create function multihome.key_index(relation oid) returns oid
+language sql stable parallel safe
+set search_path = pg_catalog, pg_temp
+begin atomic
+    select indexrelid from pg_index
+     where indrelid = relation and (indisprimary or indisreplident)
+     order by indisreplident desc
+     limit 1;
+end;
+revoke execute on function multihome.key_index(oid) from public;
+comment on function multihome.key_index(oid) is 'The unique index by which replication tells the rows of a table apart; null if there is none.';
+
 create function multihome.key_columns(relation oid) returns text[]
 language sql stable parallel safe
 set search_path = pg_catalog, pg_temp
 begin atomic
     select array_agg(a.attname::text order by k.place)
-      from (select indexrelid, indkey, indnkeyatts
-              from pg_index
-             where indrelid = relation and (indisprimary or indisreplident)
-             order by indisreplident desc, indisprimary desc
-             limit 1) i,
-           unnest(i.indkey) with ordinality as k (attnum, place),
-           pg_attribute a
-     where k.place <= i.indnkeyatts and a.attrelid = relation and a.attnum = k.attnum;
+      from pg_index i, unnest(i.indkey) with ordinality as k (attnum, place), pg_attribute a
+     where i.indexrelid = multihome.key_index(relation) and k.place <= i.indnkeyatts and a.attrelid = relation and a.attnum = k.attnum;
 end;
 revoke execute on function multihome.key_columns(oid) from public;
-comment on function multihome.key_columns(oid) is 'The columns by which replication tells the rows of a table apart; null if it has no key.';
+comment on function multihome.key_columns(oid) is 'The columns of multihome.key_index(), in its order.';
 
 create function multihome.key_object(relation oid, alias text) returns text
 language sql stable parallel safe
@@ -190,6 +202,22 @@ begin atomic
 end;
 revoke execute on function multihome.key_object(oid, text) from public;
 comment on function multihome.key_object(oid, text) is 'An expression: the key of a row, called alias, as a JSON object.';
+
+create function multihome.equality(index oid, place integer) returns text
+language sql stable parallel safe
+set search_path = pg_catalog, pg_temp
+begin atomic
+    select format('operator(%I.%s)', n.nspname, o.oprname)
+      from pg_index i
+      join pg_opclass c on c.oid = i.indclass[place - 1]
+      -- Strategy 3 of a B-tree is equality; all unique indexes are B-trees.
+      join pg_amop a on a.amopfamily = c.opcfamily and a.amoplefttype = c.opcintype and a.amoprighttype = c.opcintype and a.amopstrategy = 3
+      join pg_operator o on o.oid = a.amopopr
+      join pg_namespace n on n.oid = o.oprnamespace
+     where i.indexrelid = index;
+end;
+revoke execute on function multihome.equality(oid, integer) from public;
+comment on function multihome.equality(oid, integer) is 'What a unique index takes for equal in one of its columns, counted from 1: an operator, wherever it may be.';
 
 create function multihome.record_of(relation oid, parameter text) returns text
 language sql stable parallel safe
@@ -277,8 +305,8 @@ begin
         -- Expressions of an index name columns without a table, so nothing else in the query may have columns of such names.
         select string_agg(format('%s as "stillebot %s"', e, n), ', ' order by n),
                string_agg(format(case when own.indnullsnotdistinct
-                                      then '(%1$s = "stillebot key"."stillebot %2$s" or (%1$s is null and "stillebot key"."stillebot %2$s" is null))'
-                                      else '%1$s = "stillebot key"."stillebot %2$s"' end, e, n), ' and ' order by n)
+                                      then '(%1$s %3$s "stillebot key"."stillebot %2$s" or (%1$s is null and "stillebot key"."stillebot %2$s" is null))'
+                                      else '%1$s %3$s "stillebot key"."stillebot %2$s"' end, e, n, multihome.equality(own.indexrelid, n)), ' and ' order by n)
           into expressions, condition
           from generate_series(1, own.indnkeyatts) as n, pg_get_indexdef(own.indexrelid, n, true) as e;
         rows := rows || coalesce(multihome.as_role(multihome.owner_of(relation), format(
@@ -508,6 +536,7 @@ begin
     end if;
     entry.operation := coalesce(change ->> 'operation', event ->> 'operation', case when event ? 'copied' then 'copy' end);
     entry.change_number := coalesce((change ->> 'change_number')::integer, (event ->> 'change_number')::integer);
+    entry.fingerprint := (event ->> 'fingerprint')::bigint;
     entry.transaction_kind := event ->> 'transaction_kind';
     entry.first_seen := happened;
     entry.last_seen := happened;
@@ -549,7 +578,7 @@ begin
             perform pg_notify('stillebot_conflict', known.id::text);
         end if;
         if known.status = 'resolved' and known.answer = 'local' and entry.blocking then
-            perform multihome.exclude(known.subscription_oid, known.remote_commit_lsn, known.change_number);
+            perform multihome.exclude(known.subscription_oid, known.remote_commit_lsn, known.change_number, known.fingerprint);
             perform multihome.restart(known.subscription_oid);
         end if;
         return known.id;
@@ -593,7 +622,7 @@ create function multihome.resume() returns bigint
 language sql
 set search_path = pg_catalog, pg_temp
 begin atomic
-    select count(*) filter (where multihome.exclude(l.subscription_oid, l.remote_commit_lsn, l.change_number))
+    select count(*) filter (where multihome.exclude(l.subscription_oid, l.remote_commit_lsn, l.change_number, l.fingerprint))
       from multihome.log l
      where l.node = multihome.node_id() and l.answer = 'local' and l.conflict_type in ('insert_exists', 'update_exists', 'multiple_unique_conflicts')
        and l.remote_commit_lsn is not null and coalesce(multihome.progress(l.subscription_oid) < l.remote_commit_lsn, true)
@@ -766,13 +795,14 @@ declare
     foreign_key record;
 begin
     for foreign_key in
-        select c.conname, c.conrelid, string_agg(format('child.%I = parent.%I', f.attname, p.attname), ' and ') as condition
-          from pg_constraint c, unnest(c.conkey, c.confkey) as k (child, parent)
-          join lateral (select 1) one on true
-          join pg_attribute f on f.attnum = k.child
-          join pg_attribute p on p.attnum = k.parent
+        select c.conname, c.conrelid, string_agg(format('parent.%I operator(%I.%s) child.%I', p.attname, n.nspname, o.oprname, f.attname), ' and ') as condition
+          from pg_constraint c
+         cross join unnest(c.conkey, c.confkey, c.conpfeqop) as k (child, parent, equal)
+          join pg_attribute f on f.attrelid = c.conrelid and f.attnum = k.child
+          join pg_attribute p on p.attrelid = c.confrelid and p.attnum = k.parent
+          join pg_operator o on o.oid = k.equal
+          join pg_namespace n on n.oid = o.oprnamespace
          where c.contype = 'f' and c.confrelid = refuse_if_referenced.relation and c.conparentid = 0
-           and f.attrelid = c.conrelid and p.attrelid = c.confrelid
          group by c.oid, c.conname, c.conrelid
     loop
         if multihome.as_role(multihome.owner_of(foreign_key.conrelid),
@@ -842,11 +872,11 @@ begin
         reason := ' (the newest)';
     end if;
     if kept = 'local' then
-        if entry.transaction_kind not in ('plain', 'prepared') or entry.change_number is null then
+        if entry.transaction_kind not in ('plain', 'prepared') or entry.fingerprint is null then
             raise object_not_in_prerequisite_state using message = format('one change of a %s transaction cannot be left out', coalesce(entry.transaction_kind, 'unknown')),
                 hint = 'Keep remote, or skip the whole transaction: stillebot_skip(). ALTER SUBSCRIPTION .. SET (streaming = off) avoids it in future.';
         end if;
-        if not multihome.exclude(entry.subscription_oid, entry.remote_commit_lsn, entry.change_number) then
+        if not multihome.exclude(entry.subscription_oid, entry.remote_commit_lsn, entry.change_number, entry.fingerprint) then
             raise program_limit_exceeded using message = 'too many changes are waited for to be left out', hint = 'Try again when replication has gone on.';
         end if;
         advice := 'on the other node, keep its remote row (this one): its own shall go';
@@ -978,8 +1008,9 @@ create function multihome.by_key(relation oid, alias text, parameter text) retur
 language sql stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-    select string_agg(format('%1$I.%2$I = (select k.%2$I from jsonb_populate_record(null::%3$s, %4$s::jsonb) as k)', alias, name, relation::regclass, parameter), ' and ')
-      from unnest(multihome.key_columns(relation)) as name;
+    select string_agg(format('%1$I.%2$I %5$s (select k.%2$I from jsonb_populate_record(null::%3$s, %4$s::jsonb) as k)',
+                             alias, name, relation::regclass, parameter, multihome.equality(multihome.key_index(relation), place::integer)), ' and ')
+      from unnest(multihome.key_columns(relation)) with ordinality as k (name, place);
 end;
 revoke execute on function multihome.by_key(oid, text, text) from public;
 comment on function multihome.by_key(oid, text, text) is 'A condition: the row called alias has the key that a JSON object, a parameter of the query, describes.';
@@ -1135,7 +1166,11 @@ begin atomic
              where d.datname = current_database() and s.substream = 'p')
            || (select array_agg(format('subscription %I is disabled by any error, a lost connection included: ALTER SUBSCRIPTION %I SET (disable_on_error = false)', s.subname, s.subname) order by s.subname)
                  from pg_subscription s join pg_database d on d.oid = s.subdbid
-                where d.datname = current_database() and s.subdisableonerr);
+                where d.datname = current_database() and s.subdisableonerr)
+           || (select array_agg('conflicts are not being recorded: no collector is running; is there a free place among max_worker_processes?'::text)
+                 from pg_database d
+                where d.datname = current_database() and multihome.collector() is null
+                  and exists (select from pg_subscription s join pg_stat_subscription w on w.subid = s.oid where s.subdbid = d.oid and w.pid is not null));
 end;
 comment on function multihome.health() is 'What stillebot_status() says of replication: numbers, SQLSTATEs and names, no data.';
 

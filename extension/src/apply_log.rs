@@ -46,37 +46,41 @@ fn note(report: &mut pg_sys::ErrorData) {
     let Some(queue) = shmem::queue(database, true) else { return };
 
     let tap = tap();
-    let transaction = &tap.transaction;
-    // Between two transactions there is none: the last one is over.
-    let inside = tap.message != 0 && transaction.delivery != Delivery::None;
     let silent = kind == Kind::Silent;
-    let event = Event {
+    let mut event = Event {
         kind,
-        delivery: match inside {
-            true => transaction.delivery,
-            false if copied != 0 => Delivery::Copy,
-            false => Delivery::None,
-        },
+        delivery: if copied != 0 { Delivery::Copy } else { Delivery::None },
         subscription,
         copied,
         sqlstate: sqlstate(report.sqlerrcode),
-        xid: if inside { transaction.xid } else { 0 },
-        lsn: if inside { transaction.lsn } else { 0 },
-        commit_ts: if inside { transaction.commit_ts } else { 0 },
+        xid: 0,
+        lsn: 0,
+        commit_ts: 0,
         // SAFETY: reads the clock.
         at: unsafe { compat::GetCurrentTimestamp() },
         operation: tap.message,
-        seen: if inside { transaction.seen } else { 0 },
-        failing: if inside && transaction.applying { transaction.seen } else { 0 },
-        complete: inside && transaction.ended && transaction.whole,
+        seen: 0,
+        failing: 0,
+        fingerprint: 0,
+        complete: false,
         texts: texts(report, silent),
-        relations: if inside { &transaction.relations } else { &[] },
-        changes: match inside {
-            true if silent && transaction.applying => transaction.last_change(),
-            true => &transaction.changes,
-            false => &[],
-        },
+        relations: &[],
+        changes: &[],
     };
+    if let Some(transaction) = tap.current() {
+        event.delivery = transaction.delivery;
+        (event.xid, event.lsn, event.commit_ts) = (transaction.xid, transaction.lsn, transaction.commit_ts);
+        event.seen = transaction.seen;
+        event.complete = transaction.ended && transaction.whole;
+        event.relations = &transaction.relations;
+        event.changes = &transaction.changes;
+        if transaction.applying {
+            (event.failing, event.fingerprint) = (transaction.seen, transaction.fingerprint());
+            if silent {
+                event.changes = transaction.last_change();
+            }
+        }
+    }
     let mut head = [0; HEAD];
     queue.ring().push(&event.parts(&mut head));
     queue.call();

@@ -46,8 +46,8 @@ fn multihome_as_role(role: pg_sys::Oid, query: &[u8], first: Option<&[u8]>, seco
 
 /// Has a change of a remote transaction left out when it comes; see tap.rs.
 #[pg_extern(sql = false)]
-fn multihome_exclude(subscription: pg_sys::Oid, lsn: i64, change: i32) -> bool {
-    shmem::exclude(subscription.to_u32(), lsn as u64, change as u32)
+fn multihome_exclude(subscription: pg_sys::Oid, lsn: i64, change: i32, fingerprint: i64) -> bool {
+    shmem::exclude(subscription.to_u32(), lsn as u64, change as u32, fingerprint as u64)
 }
 
 /// Has the apply worker started at once.
@@ -61,6 +61,14 @@ fn multihome_restart(subscription: pg_sys::Oid) {
 fn multihome_node_id() -> String {
     // SAFETY: reads what does not change while the server runs.
     unsafe { format!("{}/{}", pg_sys::GetSystemIdentifier(), pg_sys::MyDatabaseId.to_u32()) }
+}
+
+/// The process that collects events of this database, if there is one.
+#[pg_extern(sql = false)]
+fn multihome_collector() -> Option<i32> {
+    // SAFETY: a backend-local value.
+    let database = unsafe { pg_sys::MyDatabaseId };
+    shmem::queue(database.to_u32(), false)?.collector()
 }
 
 /// Events of this database that were lost since the server started.

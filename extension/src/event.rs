@@ -80,6 +80,8 @@ pub struct Event<'a> {
     pub seen: u32,
     /// The place, counted from 1, of the change being applied; 0 if that is not known.
     pub failing: u32,
+    /// Of that change: what tells it from another in the same place; 0 if it is not known.
+    pub fingerprint: u64,
     /// The transaction has been seen to its end, and all of its changes are in `changes`.
     pub complete: bool,
     pub texts: [&'a [u8]; TEXTS.len()],
@@ -90,7 +92,7 @@ pub struct Event<'a> {
 }
 
 /// A fixed part, then the texts, the relations and the changes.
-const FIXED: usize = 3 + 5 + 2 + 4 * 5 + 8 * 3;
+const FIXED: usize = 3 + 5 + 2 + 4 * 5 + 8 * 4;
 const LENGTHS: usize = (TEXTS.len() + 2) * 4;
 
 impl Event<'_> {
@@ -110,6 +112,7 @@ impl Event<'_> {
         put(&self.lsn.to_le_bytes());
         put(&self.commit_ts.to_le_bytes());
         put(&self.at.to_le_bytes());
+        put(&self.fingerprint.to_le_bytes());
         for blob in self.texts.iter().chain([&self.relations, &self.changes]) {
             put(&(blob.len() as u32).to_le_bytes());
         }
@@ -152,6 +155,7 @@ impl Event<'_> {
             (word().ok()?, word().ok()?, word().ok()?, word().ok()?, word().ok()?);
         let mut long = || take(8).try_into().map(u64::from_le_bytes);
         let (lsn, commit_ts, at) = (long().ok()?, long().ok()? as i64, long().ok()? as i64);
+        let fingerprint = long().ok()?;
         let mut rest = &record[HEAD..];
         let mut blob = || {
             let length = u32::from_le_bytes(take(4).try_into().ok()?) as usize;
@@ -177,6 +181,7 @@ impl Event<'_> {
             operation,
             seen,
             failing,
+            fingerprint,
             complete,
             texts,
             relations,
@@ -185,7 +190,7 @@ impl Event<'_> {
     }
 
     /// For `multihome.record()`, in the database's encoding: `kind`, `transaction_kind`, `subscription` (oid), `copied` (oid),
-    /// `sqlstate`, `remote_xid`, `remote_commit_lsn`, `remote_commit_ts`, `at`, `operation`, `seen`, `change_number`, `complete`,
+    /// `sqlstate`, `remote_xid`, `remote_commit_lsn`, `remote_commit_ts`, `at`, `operation`, `seen`, `change_number`, `fingerprint`, `complete`,
     /// the texts, and `changes`: an array of {change_number, schemaname, relname, operation, key, tuple, incomplete, unchanged}.
     /// incomplete: the tuple is not all of the row as text, `unchanged` the columns that were not sent. What is not known is
     /// left out.
@@ -210,6 +215,9 @@ impl Event<'_> {
         json.text("operation", operation(self.operation));
         json.number("seen", self.seen.into());
         json.number("change_number", self.failing.into());
+        if self.fingerprint != 0 {
+            json.raw("fingerprint", (self.fingerprint as i64).to_string().as_bytes());
+        }
         json.raw("complete", if self.complete { b"true" } else { b"false" });
         for (name, text) in TEXTS.iter().zip(self.texts) {
             if !text.is_empty() {
@@ -449,6 +457,7 @@ mod tests {
             operation: b'I',
             seen: 2,
             failing: 2,
+            fingerprint: u64::MAX,
             complete: false,
             texts: all,
             relations,

@@ -91,6 +91,8 @@ struct Exclusion {
     subscription: AtomicU32,
     /// Its place in the transaction, counted from 1.
     change: AtomicU32,
+    /// What tells it from another change in that place.
+    fingerprint: AtomicU64,
     /// Where that transaction's commit is at the publisher.
     lsn: AtomicU64,
 }
@@ -467,6 +469,11 @@ impl Queue {
         }
     }
 
+    /// The process that collects, if any.
+    pub fn collector(&self) -> Option<i32> {
+        Some(self.collector.load(Ordering::Acquire)).filter(|pid| *pid != 0)
+    }
+
     /// Says that no collector is needed until the next [`Queue::call`].
     pub fn dismiss(&self) {
         self.wanted.store(0, Ordering::Release);
@@ -474,9 +481,9 @@ impl Queue {
 }
 
 /// Has a change left out when it comes. False if there is no room to note it.
-pub fn exclude(subscription: u32, lsn: u64, change: u32) -> bool {
+pub fn exclude(subscription: u32, lsn: u64, change: u32, fingerprint: u64) -> bool {
     let Some(common) = common() else { return false };
-    if excluded(subscription, lsn).any(|known| known == change) {
+    if excluded(subscription, lsn).any(|known| known == (change, fingerprint)) {
         return true;
     }
     let Some(place) = common
@@ -488,6 +495,7 @@ pub fn exclude(subscription: u32, lsn: u64, change: u32) -> bool {
     };
     place.subscription.store(subscription, Ordering::Relaxed);
     place.change.store(change, Ordering::Relaxed);
+    place.fingerprint.store(fingerprint, Ordering::Relaxed);
     place.lsn.store(lsn, Ordering::Relaxed);
     place.state.store(2, Ordering::Release);
     common.exclusions_made.fetch_add(1, Ordering::Release);
@@ -501,11 +509,11 @@ fn exclusions(subscription: u32) -> impl Iterator<Item = &'static Exclusion> {
     })
 }
 
-/// The changes of a transaction that shall be left out.
-pub fn excluded(subscription: u32, lsn: u64) -> impl Iterator<Item = u32> {
+/// The changes of a transaction that shall be left out: their places and fingerprints.
+pub fn excluded(subscription: u32, lsn: u64) -> impl Iterator<Item = (u32, u64)> {
     exclusions(subscription)
         .filter(move |place| place.lsn.load(Ordering::Relaxed) == lsn)
-        .map(|place| place.change.load(Ordering::Relaxed))
+        .map(|place| (place.change.load(Ordering::Relaxed), place.fingerprint.load(Ordering::Relaxed)))
 }
 
 /// Forgets what was to be left out of transactions before this one: commits come in order, so those are over.

@@ -216,6 +216,14 @@ impl Transaction {
         self.changes.get(self.last..).unwrap_or_default()
     }
 
+    /// What tells the change being applied from any other that may be in its place when the transaction is sent again, after
+    /// its publication was changed, say. Hash FNV-1a.
+    pub fn fingerprint(&self) -> u64 {
+        self.last_change()
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    }
+
     /// Takes the changes of a subtransaction out, which was rolled back at the publisher.
     fn forget(&mut self, subxid: u32) {
         let mut left = Vec::new();
@@ -248,8 +256,8 @@ pub struct Tap {
     in_stream: Option<u32>,
     /// The type of the message that core deals with; 0 if none.
     pub message: u8,
-    /// Changes of this transaction that are left out.
-    excluded: Vec<u32>,
+    /// Changes of this transaction that are left out: their places, and their fingerprints.
+    excluded: Vec<(u32, u64)>,
     /// While core is made to talk: what it would log otherwise (`log_min_messages`).
     level: Option<c_int>,
 }
@@ -300,6 +308,12 @@ impl Tap {
         self.message = 0;
     }
 
+    /// The transaction that the message at hand is of; `None`: of none that is being applied.
+    pub fn current(&self) -> Option<&Transaction> {
+        let applying = self.in_stream.is_none() && !matches!(self.message, 0 | b'S' | b'E' | b'A' | b'r');
+        (applying && self.transaction.delivery != Delivery::None).then_some(&self.transaction)
+    }
+
     /// What core would log if it had not been made to talk; `None` if it was not.
     pub fn level(&self) -> Option<c_int> {
         self.level
@@ -337,6 +351,12 @@ impl Tap {
                 self.begin_transaction(Delivery::Prepared, xid, prepare_lsn, prepare_ts);
             }
             Message::Commit { .. } | Message::Prepare { .. } => self.end_transaction(),
+            Message::CommitPrepared { xid, commit_lsn, commit_ts, .. } => {
+                // Its changes were applied when it was prepared, maybe long ago.
+                self.begin_transaction(Delivery::Prepared, xid, commit_lsn, commit_ts);
+                self.transaction.whole = false;
+                self.end_transaction();
+            }
             Message::Relation(relation) => {
                 // Without the transaction's id, which descriptions in a stream carry.
                 let skip = if in_stream { 5 } else { 1 };
@@ -379,7 +399,8 @@ impl Tap {
             return true;
         }
         self.transaction.add(&self.relations, message, false);
-        if self.excluded.contains(&self.transaction.seen) {
+        let number = self.transaction.seen;
+        if self.excluded.iter().any(|(place, print)| *place == number && *print == self.transaction.fingerprint()) {
             self.message = 0;
             return false;
         }
