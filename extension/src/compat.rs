@@ -41,6 +41,7 @@ unsafe extern "C-unwind" {
     pub fn GetCurrentTimestamp() -> pg_sys::TimestampTz;
     fn ApplyLauncherForgetWorkerStartTime(subscription: pg_sys::Oid);
     fn ApplyLauncherWakeupAtCommit();
+    fn replorigin_session_advance(remote_commit: pg_sys::XLogRecPtr, local_commit: pg_sys::XLogRecPtr);
     pub fn RecoveryInProgress() -> bool;
     pub fn geterrcode() -> c_int;
     pub fn errhint(format: *const c_char, ...) -> c_int;
@@ -226,6 +227,17 @@ pub fn my_subscription() -> Option<(u32, u32)> {
     // logical replication tablesync worker for subscription %u sync %u
     let number = |after: &str| name.split_once(after)?.1.split(' ').next()?.parse().ok();
     Some((number("subscription ")?, number(" sync ").unwrap_or(0)))
+}
+
+/// Notes that this apply worker has got past a remote transaction that left no commit here. Not in a hook: takes an LWLock.
+pub fn advance_origin(end_lsn: u64) {
+    // SAFETY: an origin that is set is one that the worker has set up, before it started streaming. As at a commit, but for
+    // the WAL record: a crash forgets it, and then the transaction comes again.
+    unsafe {
+        if pg_sys::replorigin_session_origin != pg_sys::InvalidRepOriginId as pg_sys::RepOriginId {
+            replorigin_session_advance(end_lsn, 0);
+        }
+    }
 }
 
 /// Has the apply worker of a subscription started at once after this transaction, instead of wal_retrieve_retry_interval after

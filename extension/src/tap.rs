@@ -258,6 +258,10 @@ pub struct Tap {
     pub message: u8,
     /// Changes of this transaction that are left out: their places, and their fingerprints.
     excluded: Vec<(u32, u64)>,
+    /// Rows that are not here because what made them was left out: table and key.
+    unmade: Vec<(u32, Vec<u8>)>,
+    /// Where a transaction ends of which something was left out and whose commit core is dealing with; 0 if it is not.
+    thinned: u64,
     /// While core is made to talk: what it would log otherwise (`log_min_messages`).
     level: Option<c_int>,
 }
@@ -274,6 +278,8 @@ impl Tap {
             in_stream: None,
             message: 0,
             excluded: Vec::new(),
+            unmade: Vec::new(),
+            thinned: 0,
             level: None,
         }
     }
@@ -304,6 +310,12 @@ impl Tap {
             && let Some(queue) = self.queue
         {
             queue.tell_progress();
+        }
+        // If nothing is left of a transaction there is no commit here either, and core would ask for it again after the next
+        // error, when the exclusion is forgotten.
+        let end = std::mem::take(&mut self.thinned);
+        if end != 0 {
+            compat::advance_origin(end);
         }
         self.message = 0;
     }
@@ -350,7 +362,13 @@ impl Tap {
             Message::BeginPrepare { prepare_lsn, prepare_ts, xid, .. } => {
                 self.begin_transaction(Delivery::Prepared, xid, prepare_lsn, prepare_ts);
             }
-            Message::Commit { .. } | Message::Prepare { .. } => self.end_transaction(),
+            Message::Commit { end_lsn, .. } => {
+                if !self.excluded.is_empty() {
+                    self.thinned = end_lsn;
+                }
+                self.end_transaction();
+            }
+            Message::Prepare { .. } => self.end_transaction(),
             Message::CommitPrepared { xid, commit_lsn, commit_ts, .. } => {
                 // Its changes were applied when it was prepared, maybe long ago.
                 self.begin_transaction(Delivery::Prepared, xid, commit_lsn, commit_ts);
@@ -399,8 +417,7 @@ impl Tap {
             return true;
         }
         self.transaction.add(&self.relations, message, false);
-        let number = self.transaction.seen;
-        if self.excluded.iter().any(|(place, print)| *place == number && *print == self.transaction.fingerprint()) {
+        if !self.excluded.is_empty() && self.leaves_out(message) {
             self.message = 0;
             return false;
         }
@@ -408,6 +425,43 @@ impl Tap {
             self.listen();
         }
         true
+    }
+
+    /// Whether a change is left out: because that was said, or because it is of a row that something left out had made. A
+    /// local row with that row's key is another row.
+    fn leaves_out(&mut self, message: &[u8]) -> bool {
+        let (number, print) = (self.transaction.seen, self.transaction.fingerprint());
+        let said = self.excluded.contains(&(number, print));
+        let Ok(Decoded { message, .. }) = pgoutput::decode(message, false) else { return said };
+        let (table, old, new) = match &message {
+            Message::Insert { relation, new } => (*relation, None, Some(new)),
+            Message::Update { relation, old: Some((_, old)), new } => (*relation, Some(old), Some(new)),
+            Message::Update { relation, old: None, new } => (*relation, Some(new), Some(new)),
+            Message::Delete { relation, old: (_, old) } => (*relation, Some(old), None),
+            _ => return said,
+        };
+        let described = self.relations.iter().find(|(id, _)| *id == table);
+        let Some(Ok(Decoded { message: Message::Relation(relation), .. })) =
+            described.map(|(_, description)| pgoutput::decode(description, false))
+        else {
+            return said;
+        };
+        let row = |tuple| {
+            let mut key = Vec::new();
+            pgoutput::write_tuple(&relation, tuple, true, &mut key);
+            (table, key)
+        };
+        let (old, new) = (old.map(row), new.map(row));
+        let unmade = self.unmade.iter().position(|row| Some(row) == old.as_ref());
+        if let Some(at) = unmade {
+            self.unmade.swap_remove(at);
+        }
+        if (unmade.is_some() || (said && old != new))
+            && let Some(new) = new
+        {
+            self.unmade.push(new);
+        }
+        said || unmade.is_some()
     }
 
     fn begin_transaction(&mut self, delivery: Delivery, xid: u32, lsn: u64, commit_ts: i64) {
@@ -419,6 +473,7 @@ impl Tap {
             commit_ts,
             ..std::mem::replace(&mut self.transaction, Transaction::new())
         };
+        self.unmade.clear();
         self.excluded.clear();
         self.excluded.extend(shmem::excluded(self.subscription, lsn));
         shmem::forget_excluded_before(self.subscription, lsn);

@@ -13,6 +13,7 @@ mod lasting;
 mod proven;
 mod replication;
 mod runs;
+mod scenarios;
 mod testme;
 
 /// How long to wait for what should happen at once: long, because a loaded machine is not a failure.

@@ -1,0 +1,242 @@
+//! What goes wrong in replication in practice, one scenario after the other: what the log of conflicts says of it on each
+//! node, what gets replication going again, and that both nodes are the same afterwards.
+//!
+//! Who resolves on both nodes at once, the agent, has its own tests: here each node is resolved by hand.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use stillebot_tests::cluster::DATABASE;
+use stillebot_tests::{Cluster, Server, wait_until};
+use tokio_postgres::error::SqlState;
+
+use crate::PATIENCE;
+use crate::answers::assert_error;
+use crate::conflicts::{Conflict, apart, call, conflicts, expect_errors, id, settled, wait_conflict};
+
+/// Makes tables on all nodes, which replicate from then on.
+async fn create(cluster: &Cluster, tables: &str) -> Result<()> {
+    for node in cluster.nodes() {
+        node.execute(DATABASE, &format!("set role rosuav; set search_path = stillebot; {tables}")).await?;
+    }
+    for node in cluster.nodes() {
+        node.execute(DATABASE, "select multihome.refresh(false)").await?;
+    }
+    cluster.wait_replicated().await
+}
+
+/// Writes on one node only: the changes carry the origin of a third one, from which they would reach the others directly.
+async fn only_here(node: &Server, statements: &str) -> Result<()> {
+    let origin =
+        "select pg_replication_origin_create('elsewhere') where pg_replication_origin_oid('elsewhere') is null;
+                  select pg_replication_origin_session_setup('elsewhere');";
+    node.execute(DATABASE, &format!("{origin} {statements}")).await
+}
+
+/// An open row of that table.
+async fn wait_table(node: &Server, table: &str) -> Result<Conflict> {
+    wait_conflict(node, &format!("an open conflict of {table}"), |row| {
+        row["relname"] == table && row["status"] == "open"
+    })
+    .await
+}
+
+/// A row that apply got past by itself.
+async fn wait_went_on(node: &Server, row: &Conflict) -> Result<Conflict> {
+    wait_conflict(node, &format!("the end of conflict {}", id(row)), |now| {
+        now["id"] == row["id"] && now["status"] == "resolved" && now["resolution"] == "apply went on"
+    })
+    .await
+}
+
+async fn resolve(node: &Server, row: &Conflict, keep: &str) -> Result<String> {
+    call(node, &format!("stillebot_resolve({}, '{keep}')", id(row))).await
+}
+
+async fn skip(node: &Server, row: &Conflict) -> Result<String> {
+    call(node, &format!("stillebot_skip({})", id(row))).await
+}
+
+/// A call that must be refused with this SQLSTATE; what it says, with detail and hint.
+async fn refused(node: &Server, call: &str, sqlstate: &str) -> Result<String> {
+    node.expect_log(format!(" {sqlstate} client backend"));
+    let session = node.superuser(DATABASE).await?;
+    let report = assert_error(session.simple_query(&format!("select {call}")).await, &SqlState::from_code(sqlstate));
+    Ok([Some(report.message()), report.detail(), report.hint()].into_iter().flatten().collect::<Vec<_>>().join(" "))
+}
+
+/// Writes the row of a conflict anew where it is to stay as it is, which makes it the same everywhere.
+async fn rewrite(node: &Server, row: &Conflict) -> Result<()> {
+    let assign = format!("select multihome.assign({}, '{}', '{{}}')", id(row), row["replica_identity"]);
+    ensure!(node.value::<bool>(DATABASE, &assign).await?, "the row is gone: {row:#}");
+    Ok(())
+}
+
+async fn text(node: &Server, query: &str) -> Result<Option<String>> {
+    node.value(DATABASE, &format!("select ({query})::text")).await
+}
+
+async fn count(node: &Server, what: &str) -> Result<i64> {
+    node.value(DATABASE, &format!("select count(*) from {what}")).await
+}
+
+/// One table, what each node writes into it while they are apart, and what comes of it where the incoming version is kept.
+struct Clash {
+    table: &'static str,
+    sikorsky: &'static str,
+    gideon: &'static str,
+    /// What sikorsky's row says.
+    conflict_type: &'static str,
+    constraint: &'static str,
+    replica_identity: Value,
+    /// Keys of the rows in the way, in order of their indexes' creation.
+    in_the_way: &'static [i64],
+    /// The places of the changes that gideon leaves out.
+    left_out: &'static [i64],
+}
+
+#[tokio::test]
+async fn every_kind_of_unique_index_makes_a_row_and_one_call_on_each_node_resolves_it() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    for node in [sikorsky, gideon] {
+        // Changes of partitions come as changes of the table, and go into whatever partition is the right one there.
+        node.execute(DATABASE, "alter publication multihome set (publish_via_partition_root = true)").await?;
+    }
+    create(
+        &cluster,
+        "create table second (id int primary key, name text unique);
+         create table lowered (id int primary key, name text);
+         create unique index lowered_name on lowered (lower(name)) where name <> '';
+         create table nulls (id int primary key, a int, b int, unique nulls not distinct (a, b));
+         create table generated (id int primary key, a int, b int, sum int generated always as (a + b) stored unique);
+         create table several (id int primary key, name text unique);
+         create table same (id int primary key, name text unique);
+         create table moved (id int primary key, name text);
+         create table parts (id int, part int, name text, primary key (id, part)) partition by list (part);
+         create table parts_1 partition of parts for values in (1);
+         create table parts_2 partition of parts for values in (2);
+         create table twice (id int primary key, name text);
+         create table thrice (id int primary key, name text);",
+    )
+    .await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.moved values (1, 'moved')").await?;
+    cluster.wait_replicated().await?;
+
+    let insert = |table| (table, "insert_exists");
+    let clash = |(table, conflict_type), sikorsky, gideon, constraint, key, in_the_way, left_out| Clash {
+        table,
+        sikorsky,
+        gideon,
+        conflict_type,
+        constraint,
+        replica_identity: key,
+        in_the_way,
+        left_out,
+    };
+    let clashes = [
+        clash(insert("second"), "(1, 'x')", "(2, 'x')", "second_name_key", json!({"id": 2}), &[1], &[1]),
+        clash(insert("lowered"), "(1, 'Name')", "(2, 'nAmE')", "lowered_name", json!({"id": 2}), &[1], &[1]),
+        clash(insert("nulls"), "(1, 7, null)", "(2, 7, null)", "nulls_a_b_key", json!({"id": 2}), &[1], &[1]),
+        clash(insert("generated"), "(1, 1, 4)", "(2, 2, 3)", "generated_sum_key", json!({"id": 2}), &[1], &[1]),
+        // One row, and two in its way; on the other node, two rows come, and one is in the way of each.
+        clash(
+            ("several", "multiple_unique_conflicts"),
+            "(1, 'x'), (2, 'y')",
+            "(1, 'y')",
+            "several_pkey",
+            json!({"id": 1}),
+            &[1, 2],
+            &[1, 2],
+        ),
+        // One row in the way, twice.
+        clash(
+            ("same", "multiple_unique_conflicts"),
+            "(1, 'x')",
+            "(1, 'x')",
+            "same_pkey",
+            json!({"id": 1}),
+            &[1, 1],
+            &[1],
+        ),
+        clash(insert("parts"), "(1, 1, 'x')", "(1, 1, 'y')", "parts_1_pkey", json!({"id": 1, "part": 1}), &[1], &[1]),
+        // The second change of the row is for the row that the first one made.
+        clash(
+            insert("twice"),
+            "(1, 'sikorsky')",
+            "(1, 'first'); update stillebot.twice set name = 'second' where id = 1",
+            "twice_pkey",
+            json!({"id": 1}),
+            &[1],
+            &[1],
+        ),
+        // And where the first one is left out, so is the second.
+        clash(
+            insert("thrice"),
+            "(1, 'first'); update stillebot.thrice set name = 'second' where id = 1",
+            "(1, 'gideon')",
+            "thrice_pkey",
+            json!({"id": 1}),
+            &[1],
+            &[1],
+        ),
+        clash(
+            ("moved", "update_exists"),
+            "(9, 'in the way')",
+            "update stillebot.moved set id = 9",
+            "moved_pkey",
+            json!({"id": 1}),
+            &[9],
+            &[1],
+        ),
+    ];
+    let transactions = |what: fn(&Clash) -> &'static str| {
+        let statement = |clash: &Clash| match what(clash) {
+            values if values.starts_with('(') => {
+                let overriding = if clash.table == "generated" { "(id, a, b)" } else { "" };
+                format!("begin; insert into stillebot.{} {overriding} values {values}; commit;", clash.table)
+            }
+            other => format!("begin; {other}; commit;"),
+        };
+        clashes.iter().map(statement).collect::<String>()
+    };
+    apart(&cluster, &transactions(|clash| clash.sikorsky), &transactions(|clash| clash.gideon)).await?;
+
+    for clash in &clashes {
+        let row = wait_table(sikorsky, clash.table).await.with_context(|| clash.table)?;
+        ensure!(row["conflict_type"] == clash.conflict_type, "{row:#}");
+        ensure!(row["constraint_name"] == clash.constraint && row["sqlstate"] == "23505", "{row:#}");
+        ensure!(row["replica_identity"] == clash.replica_identity, "{row:#}");
+        ensure!(row["remote_tuple"].is_object() && row["remote_commit_lsn"].is_string(), "{row:#}");
+        ensure!(row["change_number"] == 1 && row["blocking"] == true && row["transaction_kind"] == "plain", "{row:#}");
+        let in_the_way = row["local_conflicts"].as_array().context("no array")?;
+        let keys: Vec<_> = in_the_way.iter().filter_map(|local| local["key"]["id"].as_i64()).collect();
+        ensure!(keys == clash.in_the_way, "{row:#}");
+        ensure!(in_the_way.iter().all(|local| local["origin"] == "local" && local["commit_ts"].is_string()), "{row:#}");
+        resolve(sikorsky, &row, "remote").await?;
+        for place in clash.left_out {
+            let what = format!("change {place} of {}", clash.table);
+            let row = wait_conflict(gideon, &what, |row| {
+                row["relname"] == clash.table && row["change_number"] == *place && row["status"] == "open"
+            })
+            .await?;
+            resolve(gideon, &row, "local").await?;
+        }
+    }
+    settled(&cluster).await?;
+    for (table, kept) in [
+        ("second", "(2,x)"),
+        ("lowered", "(2,nAmE)"),
+        ("nulls", "(2,7,)"),
+        ("generated", "(2,2,3,5)"),
+        ("several", "(1,y)"),
+        ("parts", "(1,1,y)"),
+        ("twice", "(1,second)"),
+        ("thrice", "(1,gideon)"),
+        ("moved", "(9,moved)"),
+    ] {
+        let found = text(sikorsky, &format!("select string_agg(t::text, ' ') from stillebot.{table} t")).await?;
+        ensure!(found.as_deref() == Some(kept), "{table}: {found:?}");
+    }
+    cluster.finish().await
+}
