@@ -165,7 +165,7 @@ create view multihome.faults as
       left join pg_catalog.pg_stat_subscription w on w.subid = f.subscription_oid and w.relid is null and w.pid is not null
      where f.node = multihome.node_id();
 comment on view multihome.faults is
-'Troubles of replication that are no fault of the data and end by themselves: a lost connection, a deadlock, a full disk (SQLSTATE 40001, 40P01, 55P03, 55006, classes 08, 53, 57).
+'Troubles of replication that are no fault of the data and end by themselves: a lost connection, a deadlock, a full disk, a worker whose predecessor is not quite gone (SQLSTATE 40001, 40P01, 55006, 55P03, classes 08, 53, 57).
 first_seen: when the present or last such time began. healed: the subscription has heard from its peer since.';
 
 -- Rows of user tables, as JSON.
@@ -376,7 +376,7 @@ comment on function multihome.scrubbed(text) is 'A text without the passwords of
 create function multihome.is_transient(sqlstate text) returns boolean
 language sql immutable parallel safe
 set search_path = pg_catalog, pg_temp
-return sqlstate in ('40001', '40P01', '55P03', '55006') or left(sqlstate, 2) in ('08', '53', '57');
+return sqlstate in ('40001', '40P01', '55006', '55P03') or left(sqlstate, 2) in ('08', '53', '57');
 revoke execute on function multihome.is_transient(text) from public;
 comment on function multihome.is_transient(text) is 'Whether an error is no fault of the data and ends by itself, so that nothing may ever be skipped because of it.';
 

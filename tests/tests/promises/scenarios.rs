@@ -240,3 +240,61 @@ async fn every_kind_of_unique_index_makes_a_row_and_one_call_on_each_node_resolv
     }
     cluster.finish().await
 }
+
+#[tokio::test]
+async fn a_connection_that_breaks_or_stands_still_is_a_fault_that_heals_and_never_a_conflict() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &[]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let link = cluster.link("sikorsky", "gideon");
+    sikorsky.config(&[("logical_decoding_work_mem", "64kB")]).await?;
+    let faults = "select string_agg(sqlstate || ' ' || healed, ', ' order by sqlstate) from multihome.faults";
+    let healed = async || {
+        wait_until("the faults to be healed", PATIENCE, || async {
+            let found = text(gideon, faults).await?;
+            Ok(found.filter(|found| found.contains("08006 true") && !found.contains("false")))
+        })
+        .await
+    };
+
+    // Cut while a transaction is on its way, which is sent again from its beginning.
+    let session = sikorsky.superuser(DATABASE).await?;
+    session.batch_execute("begin; insert into stillebot.raids select 1, i from generate_series(1, 5000) i").await?;
+    wait_until("the transaction to be streamed", PATIENCE, || async {
+        // Positions are counted by the sender when it has sent.
+        session.batch_execute("select pg_logical_emit_message(true, 'more', repeat('x', 10000))").await?;
+        Ok((count(sikorsky, "pg_stat_replication_slots where stream_bytes > 0").await? > 0).then_some(()))
+    })
+    .await?;
+    link.cut().await?;
+    session.batch_execute("insert into stillebot.raids select 2, i from generate_series(1, 5000) i; commit").await?;
+    wait_until("the fault", PATIENCE, || async {
+        Ok(text(gideon, faults).await?.filter(|found| found.contains("08006 false")))
+    })
+    .await?;
+    let shown = text(gideon, "select faults from stillebot_status()").await?.context("no faults")?;
+    ensure!(shown.contains("multihome: SQLSTATE 08006"), "{shown}");
+    link.heal().await?;
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    healed().await?;
+    ensure!(count(gideon, "stillebot.raids").await? == 10_000, "each once");
+
+    // A publisher that neither speaks nor goes away.
+    gideon.config(&[("wal_receiver_timeout", "1s")]).await?;
+    let sender: i32 = sikorsky.value(DATABASE, "select pid from pg_stat_replication").await?;
+    let signal = |signal| nix::sys::signal::kill(nix::unistd::Pid::from_raw(sender), signal);
+    signal(nix::sys::signal::SIGSTOP)?;
+    wait_until("the fault", PATIENCE, || async {
+        Ok(text(gideon, faults).await?.filter(|found| found.contains("08006 false")))
+    })
+    .await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.raids values (3, 3)").await?;
+    signal(nix::sys::signal::SIGCONT)?;
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    healed().await?;
+    ensure!(text(gideon, "select faults from stillebot_status()").await?.is_none());
+    settled(&cluster).await?;
+    ensure!(count(gideon, "stillebot.raids").await? == 10_001);
+    ensure!(conflicts(gideon).await?.is_empty() && conflicts(sikorsky).await?.is_empty());
+    cluster.finish().await
+}
