@@ -241,6 +241,186 @@ async fn every_kind_of_unique_index_makes_a_row_and_one_call_on_each_node_resolv
     cluster.finish().await
 }
 
+/// What stops apply on gideon when sikorsky writes, and what mends it.
+struct Failure {
+    table: &'static str,
+    sqlstate: &'static str,
+    message: &'static str,
+    operation: &'static str,
+    /// Of gideon's table.
+    breaks: &'static str,
+    write: &'static str,
+    mends: &'static str,
+}
+
+#[tokio::test]
+async fn whatever_else_stops_apply_is_a_row_that_closes_itself_when_the_cause_is_mended() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["P0001", "55000", "23502", "23503", "23514", "22P02"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let failures = [
+        Failure {
+            table: "raising",
+            sqlstate: "P0001",
+            message: "no entry today",
+            operation: "insert",
+            breaks: "create trigger refuse before insert on raising for each row execute function refuse();
+                     alter table raising enable always trigger refuse",
+            write: "insert into raising values (1, 'x')",
+            mends: "drop trigger refuse on raising",
+        },
+        Failure {
+            table: "deferring",
+            sqlstate: "P0001",
+            message: "no entry today",
+            operation: "commit",
+            // While apply acts for an owner who is not the subscription's, it cannot fire such triggers: 42501 at once.
+            breaks: "create constraint trigger refuse after insert on deferring deferrable initially deferred
+                       for each row execute function refuse();
+                     alter table deferring enable always trigger refuse;
+                     reset role;
+                     alter table deferring owner to postgres",
+            write: "insert into deferring values (1, 'x')",
+            mends: "reset role; drop trigger refuse on deferring",
+        },
+        Failure {
+            table: "missing",
+            sqlstate: "55000",
+            message: "\"stillebot.missing\" does not exist",
+            operation: "insert",
+            breaks: "alter table missing rename to elsewhere",
+            write: "insert into missing values (1, 'x')",
+            mends: "alter table elsewhere rename to missing",
+        },
+        Failure {
+            table: "emptied",
+            sqlstate: "55000",
+            message: "\"stillebot.emptied\" does not exist",
+            operation: "truncate",
+            breaks: "alter table emptied rename to elsewhere",
+            write: "truncate emptied",
+            mends: "alter table elsewhere rename to emptied",
+        },
+        Failure {
+            table: "narrow",
+            sqlstate: "55000",
+            message: "missing replicated column: \"name\"",
+            operation: "insert",
+            breaks: "alter table narrow drop column name",
+            write: "insert into narrow values (1, 'x')",
+            mends: "alter table narrow add column name text",
+        },
+        Failure {
+            table: "wide",
+            sqlstate: "23502",
+            message: "null value in column \"extra\"",
+            operation: "insert",
+            breaks: "alter table wide add column extra int not null",
+            write: "insert into wide values (1, 'x')",
+            mends: "alter table wide drop column extra",
+        },
+        Failure {
+            table: "strict",
+            sqlstate: "23502",
+            message: "null value in column \"name\"",
+            operation: "insert",
+            breaks: "alter table strict alter column name set not null",
+            write: "insert into strict values (1, null)",
+            mends: "alter table strict alter column name drop not null",
+        },
+        Failure {
+            table: "checked",
+            sqlstate: "23514",
+            message: "violates check constraint \"short\"",
+            operation: "update",
+            breaks: "alter table checked add constraint short check (name < 'y')",
+            write: "update checked set name = 'z'",
+            mends: "alter table checked drop constraint short",
+        },
+        // Apply does not look at foreign keys, unless it is made to.
+        Failure {
+            table: "child",
+            sqlstate: "23503",
+            message: "violates foreign key constraint \"of_parent\"",
+            operation: "insert",
+            breaks: "reset role;
+                     alter table child add constraint of_parent foreign key (id) references stillebot.narrow;
+                     do $$
+                     declare name text;
+                     begin
+                         for name in select tgname from pg_trigger where tgrelid = 'stillebot.child'::regclass loop
+                             execute format('alter table stillebot.child enable always trigger %I', name);
+                         end loop;
+                     end $$",
+            write: "insert into child values (7, 'x')",
+            mends: "alter table child drop constraint of_parent",
+        },
+        Failure {
+            table: "typed",
+            sqlstate: "22P02",
+            message: "invalid input syntax for type integer: \"x\"",
+            operation: "insert",
+            breaks: "alter table typed alter column name type int using null",
+            write: "insert into typed values (1, 'x')",
+            mends: "alter table typed alter column name type text",
+        },
+    ];
+    let tables: String = failures
+        .iter()
+        .map(|failure| format!("create table {} (id int primary key, name text);", failure.table))
+        .collect();
+    create(&cluster, &tables).await?;
+    gideon
+        .execute(
+            DATABASE,
+            "set role rosuav;
+             create function stillebot.refuse() returns trigger language plpgsql as $$ begin raise 'no entry today'; end $$",
+        )
+        .await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.checked values (1, 'x')").await?;
+    cluster.wait_replicated().await?;
+
+    for (place, failure) in failures.iter().enumerate() {
+        let as_owner = |statements| format!("set role rosuav; set search_path = stillebot; {statements}");
+        gideon.execute(DATABASE, &as_owner(failure.breaks)).await?;
+        let write = format!("begin; insert into raids values (1, {place}); {}; commit", failure.write);
+        sikorsky.execute(DATABASE, &as_owner(&write)).await?;
+        // The commit is of no table.
+        let of_table = failure.operation != "commit";
+        let row = wait_conflict(gideon, failure.table, |row| {
+            row["status"] == "open" && (row["relname"] == failure.table || !of_table)
+        })
+        .await?;
+        ensure!(row["conflict_type"] == "apply_error" && row["sqlstate"] == failure.sqlstate, "{row:#}");
+        ensure!(row["message"].as_str().is_some_and(|message| message.contains(failure.message)), "{row:#}");
+        ensure!(row["operation"] == failure.operation && row["blocking"] == true, "{row:#}");
+        ensure!(row["change_number"] == if of_table { json!(2) } else { Value::Null }, "{row:#}");
+        ensure!(row["changes_complete"] != of_table && row["transaction_kind"] == "plain", "{row:#}");
+        ensure!(row["remote_commit_lsn"].is_string() && row["remote_commit_ts"].is_string(), "{row:#}");
+        if matches!(failure.operation, "insert" | "update") {
+            ensure!(row["remote_tuple"].is_object() && row["replica_identity"].is_object(), "{row:#}");
+        }
+        let changes = text(
+            gideon,
+            &format!("select string_agg(relname || ' ' || failed, ', ' order by change_number) from multihome.conflict_changes({})", id(&row)),
+        )
+        .await?;
+        ensure!(changes == Some(format!("raids false, {} {of_table}", failure.table)), "{changes:?}");
+        if place < 2 {
+            let reason = refused(gideon, &format!("stillebot_resolve({}, 'remote')", id(&row)), "55000").await?;
+            ensure!(reason.contains("no two versions") && reason.contains("stillebot_skip"), "{reason}");
+        }
+        gideon.execute(DATABASE, &as_owner(failure.mends)).await?;
+        let closed = wait_went_on(gideon, &row).await.with_context(|| failure.table)?;
+        ensure!(closed["resolved_by"] == "replication" && closed["blocking"] == false, "{closed:#}");
+    }
+    settled(&cluster).await?;
+    ensure!(count(gideon, "stillebot.raids").await? == i64::try_from(failures.len())?);
+    // Errors of one cause are one row each, however often they were met.
+    ensure!(conflicts(gideon).await?.len() == failures.len() && conflicts(sikorsky).await?.is_empty());
+    cluster.finish().await
+}
+
 #[tokio::test]
 async fn a_connection_that_breaks_or_stands_still_is_a_fault_that_heals_and_never_a_conflict() -> Result<()> {
     let cluster = Cluster::start().await?;
