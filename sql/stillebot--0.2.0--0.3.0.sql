@@ -557,18 +557,31 @@ begin
      where l.node = entry.node and l.subscription_oid = entry.subscription_oid
        and l.remote_commit_lsn is not distinct from entry.remote_commit_lsn
        and l.sqlstate is not distinct from entry.sqlstate
-       and l.change_number is not distinct from entry.change_number
+       and (l.change_number is not distinct from entry.change_number
+            -- Which one it was the rows told, when they were still there.
+            or entry.transaction_kind = 'streamed' and kind = 'error' and (l.change_number is null or entry.change_number is null))
        and l.schemaname is not distinct from entry.schemaname and l.relname is not distinct from entry.relname
        and (kind = 'silent') = (l.conflict_type in ('update_missing', 'delete_missing', 'update_origin_differs', 'delete_origin_differs'))
        and (kind <> 'silent' or l.conflict_type = entry.conflict_type)
        and (entry.remote_commit_lsn is not null or l.message is not distinct from entry.message)
      order by id desc limit 1
        for update;
-    if found then
+    if found and known.status <> 'open' and (kind = 'silent' or happened <= known.resolved_at) then
+        -- Its transaction comes again because of another change; or it was reported before it was resolved, and is written down
+        -- after that.
+        update multihome.log as l set occurrences = l.occurrences + 1, last_seen = happened where l.node = entry.node and l.id = known.id;
+        return known.id;
+    elsif found then
         update multihome.log as l
-           set occurrences = l.occurrences + 1, last_seen = happened, conflict_type = entry.conflict_type, message = entry.message,
+           set occurrences = l.occurrences + 1, last_seen = happened, message = entry.message,
                detail = entry.detail, context = entry.context,
-               local_conflicts = case when entry.local_conflicts <> '[]' and not l.settling then entry.local_conflicts else l.local_conflicts end,
+               replica_identity = coalesce(entry.replica_identity, l.replica_identity), remote_tuple = coalesce(entry.remote_tuple, l.remote_tuple),
+               conflict_type = case when entry.local_conflicts = '[]' then l.conflict_type else entry.conflict_type end,
+               change_number = coalesce(l.change_number, entry.change_number),
+               -- Rows that were removed for it stay in the log.
+               local_conflicts = case when entry.local_conflicts = '[]' or l.settling then l.local_conflicts
+                                      when known.status <> 'open' then l.local_conflicts || entry.local_conflicts
+                                      else entry.local_conflicts end,
                changes = case when jsonb_array_length(entry.changes) >= jsonb_array_length(l.changes) then entry.changes else l.changes end,
                changes_seen = greatest(l.changes_seen, entry.changes_seen),
                -- What comes again was not resolved, or its resolution was forgotten at a restart.

@@ -422,6 +422,74 @@ async fn whatever_else_stops_apply_is_a_row_that_closes_itself_when_the_cause_is
 }
 
 #[tokio::test]
+async fn a_huge_transaction_is_kept_in_part_and_a_streamed_one_is_told_by_its_rows() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let conflicting = |key: i32| format!("insert into stillebot.config values ({key}, 'k', '\"sikorsky\"')");
+    let in_the_way = |key: i32| format!("insert into stillebot.config values ({key}, 'k', '\"gideon\"')");
+    let many = |from: i32, rows: i32| {
+        format!("insert into stillebot.raids select {from}, i from generate_series(1, {rows}) i")
+    };
+
+    only_here(gideon, &in_the_way(1)).await?;
+    sikorsky.execute(DATABASE, &format!("begin; {}; {}; commit", many(1, 10_000), conflicting(1))).await?;
+    let row = wait_table(gideon, "config").await?;
+    ensure!(row["conflict_type"] == "insert_exists" && row["transaction_kind"] == "plain", "{row:#}");
+    ensure!(row["change_number"] == 10_001 && row["changes_complete"] == false, "{row:#}");
+    ensure!(row["remote_tuple"]["data"] == "sikorsky", "{row:#}");
+    ensure!(row["local_conflicts"][0]["tuple"]["data"] == "gideon", "{row:#}");
+    // The beginning and the change that failed.
+    let changes = text(
+        gideon,
+        &format!(
+            "select format('%s %s %s %s', min(change_number), max(change_number), count(*) < 10000, count(*) filter (where failed))
+               from multihome.conflict_changes({})",
+            id(&row)
+        ),
+    )
+    .await?;
+    ensure!(changes.as_deref() == Some("1 10001 t 1"), "{changes:?}");
+    resolve(gideon, &row, "remote").await?;
+    settled(&cluster).await?;
+    ensure!(count(gideon, "stillebot.raids").await? == 10_000);
+
+    // Sent while it runs, applied out of a file: which change it is at, nobody can see.
+    sikorsky.config(&[("logical_decoding_work_mem", "64kB")]).await?;
+    for key in [2, 3] {
+        only_here(gideon, &in_the_way(key)).await?;
+        let statements = format!("begin; {}; {}; {}; commit", many(key, 1000), conflicting(key), many(10 * key, 1000));
+        sikorsky.execute(DATABASE, &statements).await?;
+        let row = wait_table(gideon, "config").await?;
+        ensure!(row["conflict_type"] == "insert_exists" && row["transaction_kind"] == "streamed", "{row:#}");
+        ensure!(row["change_number"] == 1001 && row["replica_identity"]["twitchid"] == key, "{row:#}");
+        ensure!(row["remote_tuple"]["data"] == "sikorsky" && row["changes_complete"] == true, "{row:#}");
+        ensure!(row["local_conflicts"][0]["tuple"]["data"] == "gideon", "{row:#}");
+        ensure!(row["remote_commit_ts"].is_string() && row["remote_xid"].is_string(), "{row:#}");
+        let reason = refused(gideon, &format!("stillebot_resolve({}, 'local')", id(&row)), "55000").await?;
+        ensure!(reason.contains("one change of a streamed transaction cannot be left out"), "{reason}");
+        if key == 2 {
+            resolve(gideon, &row, "remote").await?;
+        } else {
+            skip(gideon, &row).await?;
+            let skipped = wait_conflict(gideon, "the end of it", |now| {
+                now["id"] == row["id"] && now["status"] == "skipped" && now["blocking"] == false
+            })
+            .await?;
+            ensure!(skipped["changes_complete"] == true, "{skipped:#}");
+            // What was lost is brought by hand.
+            only_here(gideon, &format!("{}; {}", many(key, 1000), many(10 * key, 1000))).await?;
+            sikorsky.execute(DATABASE, "update stillebot.config set data = data where twitchid = 3").await?;
+        }
+        settled(&cluster).await?;
+    }
+    ensure!(count(gideon, "stillebot.raids").await? == 14_000);
+    let (here, there) = (conflicts(sikorsky).await?, conflicts(gideon).await?);
+    ensure!(here.is_empty() && there.len() == 3, "{here:#?} {there:#?}");
+    cluster.finish().await
+}
+
+#[tokio::test]
 async fn a_connection_that_breaks_or_stands_still_is_a_fault_that_heals_and_never_a_conflict() -> Result<()> {
     let cluster = Cluster::start().await?;
     expect_errors(&cluster, &[]);
