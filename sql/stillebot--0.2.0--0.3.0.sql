@@ -295,7 +295,10 @@ declare
     expressions text;
     condition text;
     rows jsonb := '[]';
+    whole jsonb;
 begin
+    -- What is cut cannot be read as its type, and is too long for an index anyway.
+    select coalesce(jsonb_object_agg(t.key, t.value), '{}') into whole from jsonb_each(tuple) as t where not multihome.is_cut(t.value);
     for own in
         select i.indexrelid, i.indnkeyatts, i.indnullsnotdistinct, coalesce(pg_get_expr(i.indpred, i.indrelid), 'true') as predicate, c.relname
           from pg_index i join pg_class c on c.oid = i.indexrelid
@@ -320,7 +323,7 @@ begin
                         ''key'', hit.key, ''tuple'', hit.tuple, ''tableoid'', hit.tableoid_::bigint, ''ctid'', hit.ctid_::text))::text
                from hit left join lateral multihome.commit_of(hit.xmin_) as c on true',
             expressions, multihome.record_of(relation, '$1'), own.predicate,
-            key, relation::regclass, condition, own.predicate, key, own.relname), tuple::text, own_key::text)::jsonb, '[]');
+            key, relation::regclass, condition, own.predicate, key, own.relname), whole::text, own_key::text)::jsonb, '[]');
     end loop;
     return rows;
 end $$;
@@ -781,6 +784,9 @@ begin
     if tuple is null or to_regclass(quote_ident(entry.schemaname) || '.' || quote_ident(entry.relname)) is distinct from entry.relation then
         raise object_not_in_prerequisite_state using message = format('the incoming row of conflict %s is not known', entry.id),
             hint = 'Change the row in the way by hand, or skip the transaction: stillebot_skip().';
+    elsif exists (select from jsonb_each(tuple) as t where t.value ? 'binary' and multihome.is_cut(t.value)) then
+        raise object_not_in_prerequisite_state using message = format('the incoming row of conflict %s came in binary', entry.id),
+            hint = 'ALTER SUBSCRIPTION .. SET (binary = off) has it come again as text. Or keep local, or skip the transaction: stillebot_skip().';
     end if;
     return multihome.rows_in_the_way(entry.relation, tuple,
         case when entry.operation = 'update' then multihome.typed(entry.relation, change -> 'key') end);
@@ -879,7 +885,7 @@ begin
             hint = 'Mend the cause, and apply goes on by itself; or skip the whole transaction: stillebot_skip().';
     end if;
 
-    way := multihome.present_way(entry);
+    way := case when kept = 'local' then '[]' else multihome.present_way(entry) end;
     if kept = 'newest' then
         kept := multihome.newest(entry, way);
         reason := ' (the newest)';
@@ -910,8 +916,8 @@ begin
     end if;
     update multihome.log as l
        set status = 'resolved', blocking = false, answer = kept, resolved_by = session_user, resolved_at = clock_timestamp(),
-           local_conflicts = case when way = '[]' then l.local_conflicts
-                                  when multihome.is_redacted(l.schemaname, l.relname) and kept = 'local' then l.local_conflicts
+           -- What goes is kept here, and whole.
+           local_conflicts = case when way = '[]' or kept = 'local' then l.local_conflicts
                                   else multihome.without_places(way, false) end,
            resolution = case kept when 'local' then format('kept local%s: the incoming %s was left out', reason, l.operation)
                                   else format('kept remote%s: %s local rows removed, kept here in local_conflicts', reason, gone) end

@@ -421,6 +421,19 @@ async fn whatever_else_stops_apply_is_a_row_that_closes_itself_when_the_cause_is
     cluster.finish().await
 }
 
+/// All tables of the cluster's subscription on gideon, from the beginning, with other options.
+async fn subscribe_anew(cluster: &Cluster, options: &str) -> Result<()> {
+    let gideon = cluster.node("gideon");
+    let connection: String = gideon.value(DATABASE, "select quote_literal(subconninfo) from pg_subscription").await?;
+    gideon.execute(DATABASE, "drop subscription multihome").await?;
+    let statement = format!(
+        "create subscription multihome connection {connection} publication multihome
+           with (slot_name = multihome, origin = none, copy_data = false, {options})"
+    );
+    gideon.execute(DATABASE, &statement).await?;
+    cluster.wait_applied("sikorsky", "gideon").await
+}
+
 #[tokio::test]
 async fn a_huge_transaction_is_kept_in_part_and_a_streamed_one_is_told_by_its_rows() -> Result<()> {
     let cluster = Cluster::start().await?;
@@ -490,6 +503,72 @@ async fn a_huge_transaction_is_kept_in_part_and_a_streamed_one_is_told_by_its_ro
 }
 
 #[tokio::test]
+async fn transactions_in_two_phases_and_rows_in_binary_are_told_as_what_they_are() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let conflict = async |key: i32, prepare: &str| -> Result<Conflict> {
+        only_here(gideon, &format!("insert into stillebot.phases values ({key}, 'gideon')")).await?;
+        let insert = format!("insert into stillebot.phases values ({key}, 'sikorsky')");
+        sikorsky.execute(DATABASE, &format!("begin; {insert}; {prepare}")).await?;
+        wait_table(gideon, "phases").await
+    };
+
+    // A transaction that has notified cannot be prepared, so that most of the bot's tables cannot take part.
+    create(&cluster, "create table phases (id int primary key, name text)").await?;
+    cluster.expect_log(" 57P01 logical replication"); // A subscription's worker goes with it.
+    subscribe_anew(&cluster, "two_phase = true, streaming = on").await?;
+    wait_until("two-phase commit", PATIENCE, || async {
+        let state = gideon.value::<i8>(DATABASE, "select subtwophasestate from pg_subscription").await?;
+        Ok((state == b'e' as i8).then_some(()))
+    })
+    .await?;
+    for (key, keep) in [(1, "remote"), (2, "local")] {
+        let row = conflict(key, &format!("prepare transaction 'number {key}'")).await?;
+        ensure!(row["transaction_kind"] == "prepared" && row["conflict_type"] == "insert_exists", "{row:#}");
+        ensure!(row["change_number"] == 1 && row["remote_commit_lsn"].is_string(), "{row:#}");
+        ensure!(row["remote_tuple"]["name"] == "sikorsky", "{row:#}");
+        ensure!(row["local_conflicts"][0]["tuple"]["name"] == "gideon", "{row:#}");
+        resolve(gideon, &row, keep).await?;
+        wait_until("the transaction to be prepared", PATIENCE, || async {
+            Ok((count(gideon, "pg_prepared_xacts").await? == 1).then_some(()))
+        })
+        .await?;
+        sikorsky.execute(DATABASE, &format!("commit prepared 'number {key}'")).await?;
+        cluster.wait_applied("sikorsky", "gideon").await?;
+        let kept = text(gideon, &format!("select name from stillebot.phases where id = {key}")).await?;
+        ensure!(kept.as_deref() == Some(if keep == "remote" { "sikorsky" } else { "gideon" }), "{kept:?}");
+        if keep == "local" {
+            // Written anew where it is to stay, it is the same everywhere.
+            rewrite(gideon, &row).await?;
+        }
+    }
+    settled(&cluster).await?;
+
+    gideon.execute(DATABASE, "alter subscription multihome set (binary = true)").await?;
+    let row = conflict(3, "commit").await?;
+    ensure!(row["conflict_type"] == "insert_exists" && row["constraint_name"] == "phases_pkey", "{row:#}");
+    ensure!(row["remote_tuple"]["id"] == json!({"binary": "00000003"}), "{row:#}");
+    let reason = refused(gideon, &format!("stillebot_resolve({}, 'remote')", id(&row)), "55000").await?;
+    ensure!(reason.contains("came in binary") && reason.contains("SET (binary = off)"), "{reason}");
+    resolve(gideon, &row, "local").await?;
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    sikorsky.execute(DATABASE, "update stillebot.phases set name = name where id = 3").await?;
+    // As text it can be read.
+    let row = conflict(4, "commit").await?;
+    gideon.execute(DATABASE, "alter subscription multihome set (binary = false)").await?;
+    let row = wait_conflict(gideon, "the row as text", |now| {
+        now["id"] == row["id"] && now["local_conflicts"][0]["tuple"]["name"] == "gideon"
+    })
+    .await?;
+    ensure!(row["remote_tuple"] == json!({"id": 4, "name": "sikorsky"}), "{row:#}");
+    resolve(gideon, &row, "remote").await?;
+    settled(&cluster).await?;
+    ensure!(count(gideon, "stillebot.phases where name = 'sikorsky'").await? == 3);
+    cluster.finish().await
+}
+
+#[tokio::test]
 async fn a_connection_that_breaks_or_stands_still_is_a_fault_that_heals_and_never_a_conflict() -> Result<()> {
     let cluster = Cluster::start().await?;
     expect_errors(&cluster, &[]);
@@ -544,5 +623,36 @@ async fn a_connection_that_breaks_or_stands_still_is_a_fault_that_heals_and_neve
     settled(&cluster).await?;
     ensure!(count(gideon, "stillebot.raids").await? == 10_001);
     ensure!(conflicts(gideon).await?.is_empty() && conflicts(sikorsky).await?.is_empty());
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_row_that_is_too_long_for_the_log_is_cut_and_its_conflict_is_resolved_all_the_same() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let upload = |node: &Server| {
+        format!(
+            "insert into stillebot.uploads (id, channel, uploader, data)
+             select '00000000-0000-0000-0000-000000000001', 1, 1, decode(string_agg(md5('{}' || i), ''), 'hex')
+               from generate_series(1, 10000) i",
+            node.name()
+        )
+    };
+    apart(&cluster, &upload(sikorsky), &upload(gideon)).await?;
+    let (here, there) = (wait_table(sikorsky, "uploads").await?, wait_table(gideon, "uploads").await?);
+    for row in [&here, &there] {
+        ensure!(row["conflict_type"] == "insert_exists" && row["remote_tuple"]["channel"] == 1, "{row:#}");
+        ensure!(row["remote_tuple"]["data"]["cut"] == 320_002, "{row:#}");
+        let local = &row["local_conflicts"][0]["tuple"];
+        ensure!(local["uploader"] == 1 && local["data"]["cut"] == 320_002, "{row:#}");
+        ensure!(row.to_string().len() < 100_000, "{}", row.to_string().len());
+    }
+    resolve(sikorsky, &here, "remote").await?;
+    resolve(gideon, &there, "local").await?;
+    settled(&cluster).await?;
+    // The one that went is in the log, all of it.
+    let gone = wait_conflict(sikorsky, "the resolved row", |row| row["status"] == "resolved").await?;
+    ensure!(gone["local_conflicts"][0]["tuple"]["data"].as_str().is_some_and(|data| data.len() == 320_002));
     cluster.finish().await
 }
