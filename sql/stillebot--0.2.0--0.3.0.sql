@@ -699,7 +699,7 @@ begin
     perform multihome.begin_local(verb);
     select * into entry from multihome.log l where l.node = multihome.node_id() and l.id = conflict_id for update;
     if not found then
-        raise no_data_found using message = format('there is no conflict %s', coalesce(conflict_id::text, 'null')),
+        raise exception using errcode = '02000', message = format('there is no conflict %s', coalesce(conflict_id::text, 'null')),
             hint = 'SELECT id, status, message FROM multihome.conflicts shows them.';
     elsif entry.status <> 'open' then
         raise object_not_in_prerequisite_state using message = format('conflict %s is %s already', conflict_id, entry.status),
@@ -1014,7 +1014,7 @@ declare
 begin
     select * into entry from multihome.log l where l.node = multihome.node_id() and l.id = conflict_id;
     if not found then
-        raise no_data_found using message = format('there is no conflict %s', coalesce(conflict_id::text, 'null'));
+        raise exception using errcode = '02000', message = format('there is no conflict %s', coalesce(conflict_id::text, 'null'));
     elsif key is distinct from entry.replica_identity and not exists (select from jsonb_array_elements(entry.local_conflicts) as r where r -> 'key' = key) then
         raise insufficient_privilege using message = format('the row %s takes no part in conflict %s', key, conflict_id);
     end if;

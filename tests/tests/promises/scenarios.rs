@@ -627,6 +627,72 @@ async fn a_connection_that_breaks_or_stands_still_is_a_fault_that_heals_and_neve
 }
 
 #[tokio::test]
+async fn a_conflict_is_resolved_on_a_database_that_is_down_and_wrong_calls_are_refused() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    sikorsky.execute(DATABASE, "insert into stillebot.config values (1, 'gone', '1')").await?;
+    cluster.wait_replicated().await?;
+    apart(
+        &cluster,
+        "delete from stillebot.config where twitchid = 1;
+         insert into stillebot.config values (2, 'k', '\"sikorsky\"')",
+        "begin;
+         update stillebot.config set data = '2' where twitchid = 1;
+         insert into stillebot.config values (2, 'k', '\"gideon\"');
+         commit",
+    )
+    .await?;
+    let there = wait_table(gideon, "config").await?;
+    let missed = wait_conflict(sikorsky, "the update", |row| row["conflict_type"] == "update_missing").await?;
+    let here = wait_conflict(sikorsky, "the insert", |row| row["conflict_type"] == "insert_exists").await?;
+    gideon.execute(DATABASE, "select stillebot_down('the test says so')").await?;
+
+    let calls = ["stillebot_resolve(4711, 'local')", "stillebot_skip(4711)", "stillebot_skip(null)"];
+    for call in calls {
+        let reason = refused(gideon, call, "02000").await?;
+        ensure!(reason.contains("there is no conflict"), "{reason}");
+    }
+    for keep in ["'both'", "null"] {
+        let reason = refused(gideon, &format!("stillebot_resolve({}, {keep})", id(&there)), "22023").await?;
+        ensure!(reason.contains("keep must be local, remote or newest"), "{reason}");
+    }
+    let reason = refused(sikorsky, &format!("stillebot_skip({})", id(&missed)), "55000").await?;
+    ensure!(reason.contains("stops nothing"), "{reason}");
+    let operator = gideon.superuser(DATABASE).await?;
+    for call in [format!("stillebot_resolve({}, 'remote')", id(&there)), format!("stillebot_skip({})", id(&there))] {
+        gideon.expect_log(" 25001 client backend");
+        operator.batch_execute("begin").await?;
+        let report =
+            assert_error(operator.simple_query(&format!("select {call}")).await, &SqlState::ACTIVE_SQL_TRANSACTION);
+        ensure!(report.message().contains("cannot run inside a transaction block"), "{report:?}");
+        operator.batch_execute("rollback").await?;
+        gideon.expect_log(" 42501 client backend");
+        let bot = gideon.connect("rosuav", DATABASE).await?;
+        assert_error(bot.simple_query(&format!("select {call}")).await, &SqlState::INSUFFICIENT_PRIVILEGE);
+    }
+
+    resolve(gideon, &there, "remote").await?;
+    for call in [format!("stillebot_resolve({}, 'remote')", id(&there)), format!("stillebot_skip({})", id(&there))] {
+        let reason = refused(gideon, &call, "55000").await?;
+        ensure!(reason.contains("is resolved already"), "{reason}");
+    }
+    wait_until("sikorsky's row on gideon", PATIENCE, || async {
+        Ok((count(gideon, "stillebot.config where data = '\"sikorsky\"'").await? == 1).then_some(()))
+    })
+    .await?;
+    ensure!(gideon.value::<String>(DATABASE, "select state from stillebot_status()").await? == "down");
+    // What is decided stays so when its transaction comes again because of the other change.
+    resolve(sikorsky, &missed, "local").await?;
+    resolve(sikorsky, &here, "local").await?;
+    settled(&cluster).await?;
+    // gideon has removed its own row, and only its own.
+    ensure!(text(sikorsky, "select data #>> '{}' from stillebot.config").await?.as_deref() == Some("sikorsky"));
+    gideon.execute(DATABASE, "select stillebot_up()").await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
 async fn a_row_that_is_too_long_for_the_log_is_cut_and_its_conflict_is_resolved_all_the_same() -> Result<()> {
     let cluster = Cluster::start().await?;
     expect_errors(&cluster, &["23505"]);
