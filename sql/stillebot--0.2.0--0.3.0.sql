@@ -870,7 +870,7 @@ begin
                     hint = 'On the other node update the row once more after inserting its key here, or keep local and delete it there.';
             end if;
             perform multihome.insert_row(entry.relation, change -> 'tuple');
-            advice := 'nothing to do on the other node, which has the row';
+            advice := 'on the other node the row is gone too, if the DELETE made here has come there: then update it here once more, and keep remote there';
         else
             advice := 'on the other node, delete the row that this node does not have';
         end if;

@@ -241,6 +241,133 @@ async fn every_kind_of_unique_index_makes_a_row_and_one_call_on_each_node_resolv
     cluster.finish().await
 }
 
+#[tokio::test]
+async fn rows_that_are_not_there_are_told_without_stopping_anything_and_ordinary_changes_are_not() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    create(
+        &cluster,
+        "create table docs (id int primary key, n int, body text);
+         alter table docs alter column body set storage external;
+         create table lines (n int, line text);
+         alter table lines replica identity full;
+         create table deferred (id int primary key, name text unique deferrable);",
+    )
+    .await?;
+    let long = "(select string_agg(i::text, ' ') from generate_series(1, 2000) i)";
+    sikorsky
+        .execute(DATABASE, &format!("insert into stillebot.docs select i, 0, case i when 5 then {long} else '' end from generate_series(1, 20) i"))
+        .await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.lines values (1, 'first')").await?;
+    cluster.wait_replicated().await?;
+
+    // Nothing of this is a conflict: rows of one's own, rows that the other wrote last, one row again and again.
+    for round in 0..3 {
+        for node in [sikorsky, gideon] {
+            let load = format!(
+                "begin;
+                 update stillebot.docs set n = n + 1 where id > 10;
+                 update stillebot.docs set n = n + 1 where id = 11;
+                 delete from stillebot.docs where id = 12;
+                 insert into stillebot.docs values (12, {round}, '');
+                 update stillebot.docs set id = 30 where id = 12;
+                 update stillebot.docs set id = 12 where id = 30;
+                 commit"
+            );
+            node.execute(DATABASE, &load).await?;
+            cluster.wait_replicated().await?;
+        }
+    }
+    cluster.assert_identical().await?;
+
+    apart(
+        &cluster,
+        "begin;
+         delete from stillebot.docs where id in (1, 2, 3, 5);
+         update stillebot.docs set n = 100 where id = 4;
+         delete from stillebot.lines;
+         insert into stillebot.deferred values (1, 'x');
+         commit",
+        "begin;
+         update stillebot.docs set n = 201 where id = 1;
+         update stillebot.docs set n = 202 where id = 2;
+         delete from stillebot.docs where id = 3;
+         update stillebot.docs set n = 204 where id = 4;
+         update stillebot.docs set n = 205 where id = 5;
+         update stillebot.lines set line = 'gideon';
+         insert into stillebot.deferred values (2, 'x');
+         commit",
+    )
+    .await?;
+    // Apply goes on, whatever it misses.
+    cluster.wait_replicated().await?;
+    let missing = async |node: &Server, number: i64| {
+        wait_conflict(node, &format!("change {number}"), |row| row["change_number"] == number).await
+    };
+    let updated = missing(sikorsky, 1).await?;
+    let stays_deleted = missing(sikorsky, 2).await?;
+    let deleted = missing(sikorsky, 3).await?;
+    let incomplete = missing(sikorsky, 5).await?;
+    for row in [&updated, &stays_deleted, &incomplete] {
+        ensure!(row["conflict_type"] == "update_missing" && row["status"] == "open", "{row:#}");
+        ensure!(row["operation"] == "update" && row["blocking"] == false, "{row:#}");
+    }
+    ensure!(updated["replica_identity"] == json!({"id": 1}), "{updated:#}");
+    ensure!(updated["remote_tuple"] == json!({"id": 1, "n": 201, "body": ""}), "{updated:#}");
+    ensure!(updated["local_conflicts"] == json!([]) && updated["transaction_kind"] == "plain", "{updated:#}");
+    ensure!(incomplete["remote_tuple"] == json!({"id": 5, "n": 205}), "what is stored out of line was not sent");
+    ensure!(deleted["conflict_type"] == "delete_missing" && deleted["status"] == "resolved", "{deleted:#}");
+    ensure!(deleted["replica_identity"] == json!({"id": 3}) && deleted["operation"] == "delete", "{deleted:#}");
+    let there = wait_conflict(gideon, "the row that both deleted", |row| row["replica_identity"]["id"] == 3).await?;
+    ensure!(there["conflict_type"] == "delete_missing" && there["status"] == "resolved", "{there:#}");
+
+    // Before version 18, PostgreSQL does not tell that a row it changes was last changed by somebody else: two updates
+    // of one row change places, and an update goes with the row.
+    let major: i32 = gideon.value(DATABASE, "select current_setting('server_version_num')::int / 10000").await?;
+    if major < 18 {
+        let (here, there) = (conflicts(sikorsky).await?, conflicts(gideon).await?);
+        ensure!(here.len() == 5 && there.len() == 2, "{here:#?} {there:#?}");
+    }
+    let n = "select n from stillebot.docs where id = 4";
+    ensure!(text(sikorsky, n).await?.as_deref() == Some("204") && text(gideon, n).await?.as_deref() == Some("100"));
+    // A deferrable constraint is checked by a trigger, which does not fire in apply.
+    for node in [sikorsky, gideon] {
+        ensure!(count(node, "stillebot.deferred where name = 'x'").await? == 2);
+    }
+    // Writing the row anew makes it the same everywhere.
+    sikorsky.execute(DATABASE, "update stillebot.docs set n = n where id = 4").await?;
+
+    // Without a key, all of the row has to be the same: there, it is not the row that was deleted here.
+    let keyless = missing(sikorsky, 6).await?;
+    ensure!(keyless["replica_identity"] == json!({"n": 1, "line": "first"}), "{keyless:#}");
+    ensure!(keyless["remote_tuple"] == json!({"n": 1, "line": "gideon"}), "{keyless:#}");
+    let kept = wait_conflict(gideon, "the other one that is missing", |row| row["relname"] == "lines").await?;
+    ensure!(kept["conflict_type"] == "delete_missing" && kept["status"] == "resolved", "{kept:#}");
+    resolve(sikorsky, &keyless, "remote").await?;
+
+    let said = resolve(sikorsky, &stays_deleted, "local").await?;
+    ensure!(said.contains("stays deleted"), "{said}");
+    let reason = refused(sikorsky, &format!("stillebot_resolve({}, 'remote')", id(&incomplete)), "55000").await?;
+    ensure!(reason.contains("not complete") && reason.contains("out of line"), "{reason}");
+    resolve(sikorsky, &incomplete, "local").await?;
+    // gideon has the row no more: it has applied the delete.
+    let said = resolve(sikorsky, &updated, "remote").await?;
+    ensure!(said.contains("inserted here") && said.contains("on the other node"), "{said}");
+    ensure!(count(gideon, "stillebot.docs where id = 1").await? == 0);
+    sikorsky.execute(DATABASE, "update stillebot.docs set n = n where id = 1").await?;
+    let again = wait_conflict(gideon, "the update of the row that came back", |row| row["status"] == "open").await?;
+    ensure!(again["conflict_type"] == "update_missing" && again["replica_identity"] == json!({"id": 1}), "{again:#}");
+    resolve(gideon, &again, "remote").await?;
+    settled(&cluster).await?;
+    ensure!(text(gideon, "select n from stillebot.docs where id = 1").await?.as_deref() == Some("201"));
+
+    for node in [sikorsky, gideon] {
+        let log = node.log();
+        ensure!(!log.contains("DEBUG") && !log.contains("did not find row"), "{}", node.log_tail(20));
+    }
+    cluster.finish().await
+}
+
 /// What stops apply on gideon when sikorsky writes, and what mends it.
 struct Failure {
     table: &'static str,
