@@ -242,6 +242,73 @@ async fn every_kind_of_unique_index_makes_a_row_and_one_call_on_each_node_resolv
 }
 
 #[tokio::test]
+async fn two_commands_that_are_active_at_once_are_a_row_and_either_can_be_kept_or_both() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    sikorsky
+        .execute(
+            DATABASE,
+            "insert into stillebot.commands (twitchid, cmdname, active, content) values (1, 'hi', true, '\"old\"')",
+        )
+        .await?;
+    cluster.wait_replicated().await?;
+    // As the bot saves a command.
+    let save = |content: &str| {
+        format!(
+            "begin read write;
+             update stillebot.commands set active = false where twitchid = 1 and cmdname = 'hi' and active;
+             insert into stillebot.commands (twitchid, cmdname, active, content) values (1, 'hi', true, '\"{content}\"');
+             commit"
+        )
+    };
+    let active = "select string_agg(content #>> '{}', ' ') from stillebot.commands where active";
+
+    apart(&cluster, &save("by sikorsky"), &save("by gideon")).await?;
+    let (here, there) = (wait_table(sikorsky, "commands").await?, wait_table(gideon, "commands").await?);
+    ensure!(here["conflict_type"] == "insert_exists" && here["constraint_name"] == "commands_active", "{here:#}");
+    // The row that was deactivated on both nodes is not in the way, and did not fail.
+    ensure!(here["change_number"] == 2 && here["operation"] == "insert", "{here:#}");
+    ensure!(here["remote_tuple"]["content"] == "by gideon", "{here:#}");
+    let local = here["local_conflicts"].as_array().context("no array")?;
+    ensure!(local.len() == 1 && local[0]["tuple"]["content"] == "by sikorsky", "{here:#}");
+    ensure!(there["replica_identity"] == local[0]["key"], "{there:#}");
+    resolve(sikorsky, &here, "remote").await?;
+    resolve(gideon, &there, "local").await?;
+    settled(&cluster).await?;
+    ensure!(text(sikorsky, active).await?.as_deref() == Some("by gideon"));
+    ensure!(count(gideon, "stillebot.commands").await? == 2);
+
+    // Both stay, and one of them is active: what the agent's rule for this table does.
+    apart(&cluster, &save("again by sikorsky"), &save("again by gideon")).await?;
+    let (here, there) = (wait_table(sikorsky, "commands").await?, wait_table(gideon, "commands").await?);
+    for (node, row) in [(sikorsky, &here), (gideon, &there)] {
+        let before = call(node, &format!("multihome.make_room({}, '{{\"active\": false}}')::text", id(row))).await?;
+        ensure!(serde_json::from_str::<Value>(&before)?["active"] == true, "{before}");
+    }
+    cluster.wait_replicated().await?;
+    // Each node has its own deactivated and the other's active; the loser first, so that nothing clashes.
+    let loser = &here["local_conflicts"][0]["key"];
+    for (key, assignments) in [(loser, r#"{"active": false}"#), (&here["replica_identity"], "{}")] {
+        let assigned: bool = sikorsky
+            .value(DATABASE, &format!("select multihome.assign({}, '{key}', '{assignments}')", id(&here)))
+            .await?;
+        ensure!(assigned, "{key}");
+    }
+    for (node, row) in [(sikorsky, &here), (gideon, &there)] {
+        let open = wait_conflict(node, "the conflict that was made room for", |now| now["id"] == row["id"]).await?;
+        ensure!(open["status"] == "open", "it is open until it is settled: {open:#}");
+        let settled: bool =
+            node.value(DATABASE, &format!("select multihome.settle({}, 'both kept', 'the test')", id(row))).await?;
+        ensure!(settled);
+    }
+    settled(&cluster).await?;
+    ensure!(text(gideon, active).await?.as_deref() == Some("again by gideon"));
+    ensure!(count(gideon, "stillebot.commands").await? == 4);
+    cluster.finish().await
+}
+
+#[tokio::test]
 async fn rows_that_are_not_there_are_told_without_stopping_anything_and_ordinary_changes_are_not() -> Result<()> {
     let cluster = Cluster::start().await?;
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
@@ -548,6 +615,76 @@ async fn whatever_else_stops_apply_is_a_row_that_closes_itself_when_the_cause_is
     cluster.finish().await
 }
 
+#[tokio::test]
+async fn skipping_says_what_is_lost_and_enables_a_subscription_that_an_error_disabled() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let enabled = "select subenabled from pg_subscription";
+    for disable_on_error in [false, true] {
+        gideon
+            .execute(DATABASE, &format!("alter subscription multihome set (disable_on_error = {disable_on_error})"))
+            .await?;
+        only_here(gideon, "insert into stillebot.config values (1, 'k', '\"gideon\"')").await?;
+        sikorsky
+            .execute(
+                DATABASE,
+                "begin;
+                 insert into stillebot.raids values (1, 1);
+                 insert into stillebot.config values (1, 'k', '\"sikorsky\"');
+                 insert into stillebot.raids values (1, 2);
+                 commit",
+            )
+            .await?;
+        let row = wait_table(gideon, "config").await?;
+        ensure!(row["conflict_type"] == "insert_exists" && row["changes_complete"] == false, "{row:#}");
+        ensure!(
+            row["local_conflicts"][0]["origin"].as_str().is_some_and(|origin| origin.starts_with("origin ")),
+            "{row:#}"
+        );
+        if disable_on_error {
+            wait_until("the subscription to be disabled", PATIENCE, || async {
+                Ok((!gideon.value::<bool>(DATABASE, enabled).await?).then_some(()))
+            })
+            .await?;
+        }
+        let said = skip(gideon, &row).await?;
+        ensure!(said.contains("the whole transaction") && said.contains("insert stillebot.config"), "{said}");
+        let skipped = wait_conflict(gideon, "all changes of the transaction", |now| {
+            now["id"] == row["id"] && now["status"] == "skipped" && now["changes_complete"] == true
+        })
+        .await?;
+        let lost = skipped["resolution"].as_str().unwrap_or_default();
+        ensure!(lost.contains(r#"insert stillebot.raids {"toid": "2", "fromid": "1"}"#), "{skipped:#}");
+        ensure!(skipped["resolved_by"] == "postgres", "{skipped:#}");
+        let changes = text(
+            gideon,
+            &format!("select string_agg(relname || ' ' || failed || ' ' || complete, ', ' order by change_number) from multihome.conflict_changes({})", id(&row)),
+        )
+        .await?;
+        ensure!(changes.as_deref() == Some("raids false true, config true true, raids false true"), "{changes:?}");
+        ensure!(gideon.value::<bool>(DATABASE, enabled).await?);
+        ensure!(count(gideon, "stillebot.raids").await? == 0, "none of it came");
+        // What was lost is mended by hand.
+        sikorsky.execute(DATABASE, "update stillebot.config set data = data; delete from stillebot.raids").await?;
+        settled(&cluster).await?;
+        sikorsky.execute(DATABASE, "delete from stillebot.config").await?;
+        cluster.wait_replicated().await?;
+    }
+
+    // Resolving enables it too.
+    only_here(gideon, "insert into stillebot.config values (2, 'k', '\"gideon\"')").await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.config values (2, 'k', '\"sikorsky\"')").await?;
+    let row = wait_table(gideon, "config").await?;
+    wait_until("the subscription to be disabled", PATIENCE, || async {
+        Ok((!gideon.value::<bool>(DATABASE, enabled).await?).then_some(()))
+    })
+    .await?;
+    resolve(gideon, &row, "remote").await?;
+    settled(&cluster).await?;
+    cluster.finish().await
+}
+
 /// All tables of the cluster's subscription on gideon, from the beginning, with other options.
 async fn subscribe_anew(cluster: &Cluster, options: &str) -> Result<()> {
     let gideon = cluster.node("gideon");
@@ -750,6 +887,126 @@ async fn a_connection_that_breaks_or_stands_still_is_a_fault_that_heals_and_neve
     settled(&cluster).await?;
     ensure!(count(gideon, "stillebot.raids").await? == 10_001);
     ensure!(conflicts(gideon).await?.is_empty() && conflicts(sikorsky).await?.is_empty());
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn the_newest_wins_on_both_nodes_and_where_times_are_not_known_nobody_guesses() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let insert =
+        |key: i32, node: &Server| format!("insert into stillebot.config values ({key}, 'k', '\"{}\"')", node.name());
+    let of = async |node: &Server, key: i32| {
+        wait_conflict(node, &format!("the conflict of {key}"), |row| {
+            row["replica_identity"]["twitchid"] == key && row["status"] == "open"
+        })
+        .await
+    };
+    let kept = async |node: &Server, key: i32| {
+        text(node, &format!("select data #>> '{{}}' from stillebot.config where twitchid = {key}")).await
+    };
+
+    for link in [cluster.link("sikorsky", "gideon"), cluster.link("gideon", "sikorsky")] {
+        link.cut().await?;
+    }
+    gideon.execute(DATABASE, &insert(2, gideon)).await?;
+    sikorsky.execute(DATABASE, &insert(1, sikorsky)).await?;
+    sikorsky.execute(DATABASE, &insert(2, sikorsky)).await?;
+    gideon.execute(DATABASE, &insert(1, gideon)).await?;
+    for node in [sikorsky, gideon] {
+        // A frozen row has its time as long as the server keeps it.
+        node.execute(DATABASE, "vacuum freeze stillebot.config").await?;
+    }
+    for link in [cluster.link("sikorsky", "gideon"), cluster.link("gideon", "sikorsky")] {
+        link.heal().await?;
+    }
+    for (node, key, keeps) in
+        [(sikorsky, 2, "local"), (sikorsky, 1, "remote"), (gideon, 1, "local"), (gideon, 2, "remote")]
+    {
+        let row = of(node, key).await?;
+        ensure!(row["local_conflicts"][0]["commit_ts"].is_string(), "{row:#}");
+        resolve(node, &row, "newest").await?;
+        let row = wait_conflict(node, "the resolved row", |now| now["id"] == row["id"] && now["status"] == "resolved")
+            .await?;
+        let resolution = row["resolution"].as_str().unwrap_or_default();
+        ensure!(
+            resolution.starts_with(&format!("kept {keeps} (the newest)")),
+            "{key} on {}: {resolution}",
+            node.name()
+        );
+    }
+    settled(&cluster).await?;
+    ensure!(kept(gideon, 1).await?.as_deref() == Some("gideon"));
+    ensure!(kept(sikorsky, 2).await?.as_deref() == Some("sikorsky"));
+
+    // A clock that is five seconds ahead wins over a later write: times are what the nodes' clocks said.
+    only_here(
+        gideon,
+        &format!("select pg_replication_origin_xact_setup('0/1', now() + interval '5 seconds'); {}", insert(3, gideon)),
+    )
+    .await?;
+    sikorsky.execute(DATABASE, &insert(3, sikorsky)).await?;
+    let row = of(gideon, 3).await?;
+    let said = resolve(gideon, &row, "newest").await?;
+    ensure!(said.contains("left out here (the newest)"), "{said}");
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    rewrite(gideon, &row).await?;
+    settled(&cluster).await?;
+    ensure!(kept(sikorsky, 3).await?.as_deref() == Some("gideon"));
+
+    gideon.config(&[("track_commit_timestamp", "off")]).await?;
+    gideon.restart().await?;
+    only_here(gideon, &insert(4, gideon)).await?;
+    sikorsky.execute(DATABASE, &insert(4, sikorsky)).await?;
+    let row = of(gideon, 4).await?;
+    let local = &row["local_conflicts"][0];
+    ensure!(local["tuple"]["data"] == "gideon" && local["xid"].is_number(), "{row:#}");
+    ensure!(local["commit_ts"].is_null() && local["origin"].is_null(), "{row:#}");
+    let reason = refused(gideon, &format!("stillebot_resolve({}, 'newest')", id(&row)), "55000").await?;
+    ensure!(reason.contains("not known") && reason.contains("track_commit_timestamp"), "{reason}");
+    resolve(gideon, &row, "remote").await?;
+    settled(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn an_initial_copy_that_fails_is_a_row_and_ends_by_itself_when_the_cause_is_mended() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    for node in [sikorsky, gideon] {
+        let table = "set role rosuav; create table stillebot.copied (id int primary key, name text)";
+        node.execute(DATABASE, table).await?;
+    }
+    // Neither has subscribed to it yet.
+    for node in [sikorsky, gideon] {
+        node.execute(DATABASE, &format!("insert into stillebot.copied values (1, '{}')", node.name())).await?;
+    }
+    cluster.wait_replicated().await?;
+    gideon.execute(DATABASE, "select multihome.refresh(true)").await?;
+    let row = wait_table(gideon, "copied").await?;
+    ensure!(row["conflict_type"] == "apply_error" && row["transaction_kind"] == "copy", "{row:#}");
+    ensure!(
+        row["operation"] == "copy" && row["constraint_name"] == "copied_pkey" && row["sqlstate"] == "23505",
+        "{row:#}"
+    );
+    ensure!(row["remote_commit_lsn"].is_null() && row["change_number"].is_null() && row["blocking"] == true, "{row:#}");
+    ensure!(row["detail"] == "Key (id)=(1) already exists.", "{row:#}");
+    let reason = refused(gideon, &format!("stillebot_skip({})", id(&row)), "55000").await?;
+    ensure!(reason.contains("no transaction") && reason.contains("the initial copy is tried again"), "{reason}");
+    refused(gideon, &format!("stillebot_resolve({}, 'remote')", id(&row)), "55000").await?;
+    // The other tables go on meanwhile, and it is one row however often it is tried.
+    sikorsky.execute(DATABASE, "insert into stillebot.raids values (1, 1)").await?;
+    wait_until("the row", PATIENCE, || async { Ok((count(gideon, "stillebot.raids").await? == 1).then_some(())) })
+        .await?;
+    wait_conflict(gideon, "the same again", |now| now["occurrences"].as_i64() > Some(1)).await?;
+    ensure!(conflicts(gideon).await?.len() == 1);
+    only_here(gideon, "delete from stillebot.copied").await?;
+    wait_went_on(gideon, &row).await?;
+    sikorsky.execute(DATABASE, "select multihome.refresh(false)").await?;
+    settled(&cluster).await?;
+    ensure!(text(gideon, "select name from stillebot.copied").await?.as_deref() == Some("sikorsky"));
     cluster.finish().await
 }
 
