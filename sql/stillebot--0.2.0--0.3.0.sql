@@ -580,7 +580,7 @@ begin
                detail = entry.detail, context = entry.context,
                replica_identity = coalesce(entry.replica_identity, l.replica_identity), remote_tuple = coalesce(entry.remote_tuple, l.remote_tuple),
                conflict_type = case when entry.local_conflicts = '[]' then l.conflict_type else entry.conflict_type end,
-               change_number = coalesce(l.change_number, entry.change_number),
+               change_number = coalesce(l.change_number, entry.change_number), fingerprint = coalesce(entry.fingerprint, l.fingerprint),
                -- Rows that were removed for it stay in the log.
                local_conflicts = case when entry.local_conflicts = '[]' or l.settling then l.local_conflicts
                                       when known.status <> 'open' then l.local_conflicts || entry.local_conflicts
