@@ -2,7 +2,6 @@
 //! conflict and what is its repetition, how one is resolved.
 
 use std::ffi::CString;
-use std::ptr::null_mut;
 
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -119,7 +118,7 @@ unsafe fn first_column<T>(
             1,
         ));
         let mut result = None;
-        if pg_sys::SPI_processed > 0 && pg_sys::SPI_tuptable != null_mut() {
+        if pg_sys::SPI_processed > 0 && !pg_sys::SPI_tuptable.is_null() {
             let table = pg_sys::SPI_tuptable;
             let mut is_null = false;
             let datum = pg_sys::SPI_getbinval(*(*table).vals, (*table).tupdesc, 1, &mut is_null);

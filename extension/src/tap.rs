@@ -12,8 +12,10 @@
 //! The two functions are plain frames, as hooks are: what core raises below them passes over them by longjmp. Nothing here
 //! raises, and memory is bounded.
 
+use std::cell::UnsafeCell;
 use std::ffi::{c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 
 use pgrx::pg_sys;
 
@@ -32,40 +34,40 @@ const STREAMS: usize = 16;
 const HEADER: usize = 25;
 
 /// libpqwalreceiver's own.
-static mut REAL: Option<pg_sys::WalReceiverFunctionsType> = None;
-static mut OURS: Option<pg_sys::WalReceiverFunctionsType> = None;
-/// Of this process, which has one thread.
-static mut TAP: Tap = Tap::new();
+static REAL: OnceLock<pg_sys::WalReceiverFunctionsType> = OnceLock::new();
+static TAP: Own = Own(UnsafeCell::new(Tap::new()));
+
+/// What belongs to this process, which has one thread.
+struct Own(UnsafeCell<Tap>);
+
+// SAFETY: PostgreSQL's processes have one thread; tap() says how references are kept apart.
+unsafe impl Sync for Own {}
 
 pub fn init() {
     // SAFETY: called from _PG_init in the postmaster, before it has children; the library is part of the server.
     unsafe {
         pg_sys::load_file(c"libpqwalreceiver".as_ptr(), false);
-        let real = *pg_sys::WalReceiverFunctions;
-        REAL = Some(real);
-        OURS = Some(pg_sys::WalReceiverFunctionsType {
+        let real = *REAL.get_or_init(|| *pg_sys::WalReceiverFunctions);
+        pg_sys::WalReceiverFunctions = Box::leak(Box::new(pg_sys::WalReceiverFunctionsType {
             walrcv_startstreaming: Some(start_streaming),
             walrcv_endstreaming: Some(end_streaming),
             walrcv_receive: Some(receive),
             ..real
-        });
-        if let Some(ours) = (*(&raw mut OURS)).as_mut() {
-            pg_sys::WalReceiverFunctions = ours;
-        }
+        }));
     }
 }
 
 /// Access for this process's only thread. References do not outlive calls that could come back here.
 pub fn tap() -> &'static mut Tap {
     // SAFETY: no reference is held across a call of PostgreSQL's, and there is one thread.
-    unsafe { &mut *(&raw mut TAP) }
+    unsafe { &mut *TAP.0.get() }
 }
 
 /// # Safety
 /// init() has run.
 unsafe fn real() -> &'static pg_sys::WalReceiverFunctionsType {
     // SAFETY: set once, before there were children; nobody gets here without init().
-    unsafe { (*(&raw const REAL)).as_ref().unwrap_unchecked() }
+    unsafe { REAL.get().unwrap_unchecked() }
 }
 
 unsafe extern "C-unwind" fn start_streaming(
