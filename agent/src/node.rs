@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::error::Error as _;
 use std::fmt;
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -16,11 +17,12 @@ use openssl::pkey::PKey;
 use openssl::ssl::{SslConnector, SslMethod, SslVerifyMode};
 use openssl::x509::store::X509StoreBuilder;
 use postgres_openssl::MakeTlsConnector;
+use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, NoTls, Row, Statement};
+use tokio_postgres::{AsyncMessage, Client, NoTls, Notification, Row, Statement};
 
 use crate::config::{Config, Family, Node, TlsMode};
 use crate::failure::{Failure, Kind};
@@ -30,6 +32,8 @@ use crate::{pgpass, sql};
 pub const APPLICATION_NAME: &str = "stillebot-agent";
 /// How long one address may take to answer a connection attempt.
 const ADDRESS_BOUND: Duration = Duration::from_secs(1);
+/// Notifications that wait to be heard; more are dropped, as each only says that there is something to look at.
+const EARFUL: usize = 64;
 
 /// A query's parameters.
 pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
@@ -113,22 +117,37 @@ impl Connector {
         let _ = timeout(Duration::from_millis(300), futures_util::future::join_all(tasks)).await;
     }
 
-    fn spawn<S, T>(&self, node: &Node, connection: tokio_postgres::Connection<S, T>) -> AbortHandle
+    /// Gives a connection a task of its own. The notifications end when the connection does.
+    fn spawn<S, T>(
+        &self,
+        node: &Node,
+        mut connection: tokio_postgres::Connection<S, T>,
+    ) -> (AbortHandle, mpsc::Receiver<Notification>)
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
         T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
     {
         let node = node.name.clone();
+        let (sender, notifications) = mpsc::channel(EARFUL);
         let task = tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(node, error = chain(&error), "connection ended");
+            while let Some(message) = poll_fn(|context| connection.poll_message(context)).await {
+                match message {
+                    // Nobody listening is no reason to stop: the statements still need the connection.
+                    Ok(AsyncMessage::Notification(notification)) => drop(sender.try_send(notification)),
+                    Ok(AsyncMessage::Notice(notice)) => tracing::debug!(node, notice = notice.message(), "notice"),
+                    Ok(_) => {}
+                    Err(error) => {
+                        tracing::debug!(node, error = chain(&error), "connection ended");
+                        break;
+                    }
+                }
             }
         });
         let handle = task.abort_handle();
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         tasks.retain(|task| !task.is_finished());
         tasks.push(task);
-        handle
+        (handle, notifications)
     }
 
     /// Connects, trying the node's addresses one after the other.
@@ -232,13 +251,14 @@ impl Connector {
                 settings.connect(NoTls).await.map(|(client, connection)| (client, self.spawn(node, connection)))
             }
         };
-        let (client, connection) = connected.map_err(|error| connect_error(node, &error))?;
+        let (client, (connection, notifications)) = connected.map_err(|error| connect_error(node, &error))?;
         tracing::debug!(node = node.name, address = ?address, elapsed = ?started.elapsed(), "connected");
         let mut session = Session {
             node: node.name.clone(),
             place: place(node),
             client,
             connection,
+            notifications: Some(notifications),
             statements: Mutex::new(HashMap::new()),
             backend: (0, 0),
         };
@@ -255,6 +275,7 @@ pub struct Session {
     place: String,
     client: Client,
     connection: AbortHandle,
+    notifications: Option<mpsc::Receiver<Notification>>,
     statements: Mutex<HashMap<String, Statement>>,
     /// Process id and start (microseconds) of the server's process for this session.
     pub backend: (i32, i64),
@@ -269,6 +290,11 @@ impl Session {
     /// Whether the connection is known to be lost.
     pub fn is_lost(&self) -> bool {
         self.client.is_closed()
+    }
+
+    /// What comes in for this session once it has said LISTEN; ends when the connection does. None the second time.
+    pub fn notifications(&mut self) -> Option<mpsc::Receiver<Notification>> {
+        self.notifications.take()
     }
 
     /// Prepares a query, so that the first use costs one round trip only.
