@@ -4,7 +4,7 @@ select s.subname::text as name,
        s.subslotname::text as slot,
        s.substream = 'p' as parallel,
        w.pid is not null as working,
-       extract(epoch from clock_timestamp() - w.last_msg_receipt_time)::float8 as last_message_age,
+       extract(epoch from clock_timestamp() - nullif(w.last_msg_receipt_time, '-infinity'))::float8 as last_message_age,
        coalesce(e.apply_error_count, 0) as apply_errors,
        coalesce(e.sync_error_count, 0) as sync_errors,
        (select count(*) from pg_subscription_rel r where r.srsubid = s.oid and r.srsubstate not in ('r', 's')) as copying
