@@ -13,6 +13,10 @@
 //! order.rs   which of two values of a column is the greater
 //! template.rs texts with columns in them
 //! crew.rs    the sessions of one command, each holding its node's lock
+//! sight.rs   what one node tells the watchdog
+//! watchdog.rs what is wrong with replication, without IO
+//! condition.rs the watchdog's vocabulary
+//! alarm.rs   what of it is said, and when, without IO
 //! node.rs    the only file that opens a connection
 //! stop.rs    signals and the deadline
 //! sql.rs     the names of the queries in sql/, one a file
@@ -21,8 +25,10 @@
 //!
 //! Deliberately a library only so that tests can see [`hop::STEPS`]; it promises no API.
 
+pub mod alarm;
 pub mod cli;
 pub mod cmd;
+pub mod condition;
 pub mod config;
 pub mod conflict;
 pub mod crew;
@@ -34,6 +40,8 @@ pub mod order;
 pub mod pgpass;
 pub mod resolve;
 pub mod resolver;
+pub mod sight;
 pub mod sql;
 pub mod stop;
 pub mod template;
+pub mod watchdog;

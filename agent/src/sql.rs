@@ -42,8 +42,16 @@ queries! {
     SKIP = "skip.sql";
     STATE = "state.sql";
     SUBSCRIPTIONS = "subscriptions.sql";
+    TELL = "tell.sql";
     UNLOCK = "unlock.sql";
     UP = "up.sql";
     VERSIONS = "versions.sql";
+    WATCH_CONFLICTS = "watch_conflicts.sql";
+    WATCH_LOCK = "watch_lock.sql";
+    WATCH_LOCKS = "watch_locks.sql";
+    WATCH_NODE = "watch_node.sql";
+    WATCH_SLOTS = "watch_slots.sql";
+    WATCH_STATUS = "watch_status.sql";
+    WATCH_SUBSCRIPTIONS = "watch_subscriptions.sql";
     WRITABLE = "writable.sql";
 }

@@ -1,0 +1,2 @@
+-- channel, payload
+select pg_notify($1, $2)
