@@ -12,7 +12,7 @@ use crate::config::DEFAULT_PATH;
 use crate::hop::STEPS;
 use crate::resolve::Wish;
 
-/// Does what two live PostgreSQL nodes need from outside: status, down, up, switchover.
+/// Does what two live PostgreSQL nodes need from outside: status, down, up, switchover, watching.
 #[derive(Debug, Parser)]
 #[command(name = "stillebot-agent", version, max_term_width = 120, after_help = EXIT_CODES)]
 pub struct Cli {
@@ -22,7 +22,7 @@ pub struct Cli {
     /// How much is logged on stderr: error, warn, info, debug, trace.
     #[arg(long, global = true, value_name = "LEVEL", default_value = "warn")]
     pub log: tracing::level_filters::LevelFilter,
-    /// Print one JSON document instead of text.
+    /// Print one JSON document instead of text; `watch` and `status --watch`: one a line.
     #[arg(long, global = true)]
     pub json: bool,
     /// What to do.
@@ -79,6 +79,12 @@ pub enum Command {
         /// Say what would be done, and do nothing.
         #[arg(long)]
         dry_run: bool,
+    },
+    /// Watches replication in each direction until it is stopped: logs, notifies, says when it is well again.
+    Watch {
+        /// Look a few times, say how things are, and end: exit code 0 if all is well, 1 if not. Notifies nobody.
+        #[arg(long)]
+        once: bool,
     },
     /// Refreshes the subscriptions of all nodes, so that new tables are replicated; copies nothing.
     Refresh {
@@ -161,6 +167,7 @@ impl Command {
             Self::Up { .. } => "up",
             Self::Hop(_) => "hop",
             Self::Activate { .. } => "activate",
+            Self::Watch { .. } => "watch",
             Self::Refresh { .. } => "refresh",
             Self::Conflicts(Conflicts::List { .. }) => "conflicts list",
             Self::Conflicts(Conflicts::Show { .. }) => "conflicts show",
@@ -260,6 +267,7 @@ mod tests {
         assert!(parse("x hop a --deadline 1ms").is_err());
         assert!(parse("x status --watch").is_ok());
         assert!(parse("x status --watch 5 --json").is_ok());
+        assert!(parse("x watch --once").is_ok());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The commands, one a file, and what they share: the context they run in and how their result is printed.
 //!
-//! Deliberately the only place that prints, but for the progress lines of `hop` and the pages of `status --watch`.
+//! Deliberately the only place that prints, but for the progress lines of `hop`, the pages of `status --watch` and the
+//! events of `watch`.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -23,6 +24,7 @@ pub mod hop;
 pub mod refresh;
 pub mod status;
 pub mod up;
+pub mod watch;
 
 /// How long opening a database may take: it is one commit.
 pub const UP_BOUND: Duration = Duration::from_secs(10);
@@ -109,6 +111,7 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Up { node, force, dry_run } => up::run(&context, node, *force, *dry_run).await,
         Command::Hop(options) => hop::run(&context, options).await,
         Command::Activate { node, dry_run } => activate::run(&context, node, *dry_run).await,
+        Command::Watch { once } => watch::run(&context, *once).await,
         Command::Refresh { dry_run } => refresh::run(&context, *dry_run).await,
         Command::Conflicts(verb) => conflicts::run(&context, verb).await,
     };

@@ -1,0 +1,460 @@
+//! `watch`: looks at all nodes again and again, says what is wrong with replication and when it is well again, and hands
+//! open conflicts to whoever resolves them.
+//!
+//! Deliberately decides nothing: what is wrong is `watchdog.rs`'s to say, what of it is spoken of `alarm.rs`'s. Each node
+//! has a post, which keeps a session there and is never waited for by the others; a node that cannot be reached is a
+//! finding.
+//!
+//! Everything runs in one task, so that what keeps any of it from going on also keeps systemd from hearing that it is
+//! alive.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
+use std::future::pending;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures_util::future::{join_all, select_all};
+use sd_notify::NotifyState;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio_postgres::Notification;
+
+use super::{Context, Reply, print};
+use crate::alarm::{self, Alarms, Word};
+use crate::condition::Finding;
+use crate::config::{Node, Watch};
+use crate::crew::{CONNECT_BOUND, LOOK_BOUND};
+use crate::failure::{Failure, Kind};
+use crate::node::{NodeError, Session, Trouble};
+use crate::sight::{self, Sight};
+use crate::sql;
+use crate::watchdog::{Gauge, Patience, Views, Watchdog};
+
+/// Channel on which the extension says that there is a new conflict.
+const CONFLICTS: &str = "stillebot_conflict";
+/// How long one look at one node may take.
+const NODE_BOUND: Duration = Duration::from_secs(8);
+/// Between two attempts to reach a node, at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Between two looks at one node, however many conflicts it tells of.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
+/// How many looks may pass before what usually mends itself counts as a fault.
+const LOOKS_TO_MEND: u32 = 3;
+/// How long a rule has to resolve a conflict before it is an alarm.
+const TO_RESOLVE: Duration = Duration::from_secs(2);
+/// Alarms that wait for a post; it is busy connecting only.
+const MAILBOX: usize = 64;
+
+/// Runs it until a signal comes, or once.
+pub async fn run(context: &Context, once: bool) -> Result<Reply, Failure> {
+    if once {
+        return tokio::select! {
+            reply = report(context) => Ok(reply),
+            signal = context.signals.wait() => Err(Failure::new(Kind::Undone, format!("stopped by {signal}"))),
+        };
+    }
+    let (reports, inbox) = mpsc::channel(context.config.nodes.len().max(1));
+    let (mut outboxes, mut posts) = (Vec::new(), Vec::new());
+    for node in &context.config.nodes {
+        let (outbox, mail) = mpsc::channel(MAILBOX);
+        outboxes.push(outbox);
+        posts.push(Box::pin(Post::new(context, node).keep(reports.clone(), mail)));
+    }
+    let mut desk = Desk::new(context, outboxes);
+    tokio::select! {
+        signal = context.signals.wait() => tracing::info!(signal, "stopping"),
+        (never, ..) = select_all(posts) => match never {},
+        never = desk.keep(inbox) => match never {},
+    }
+    supervisor(&[NotifyState::Stopping]);
+    // What is to be said has been said.
+    Ok(Reply::done("", Value::Null))
+}
+
+/// Tells systemd, if it started us and wants to be told.
+fn supervisor(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!(%error, "the supervisor cannot be told");
+    }
+}
+
+/// An open conflict, wherever it is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Open {
+    /// The node that recorded it.
+    pub node: String,
+    /// Its number there.
+    pub id: i64,
+}
+
+/// Resolves open conflicts by the rules. Goes from one piece of work to the next, with what it has to remember.
+struct Hands<'a> {
+    context: &'a Context,
+}
+
+impl Hands<'_> {
+    /// Resolves what there is a rule for; what remains open is handed over again at the next look.
+    async fn resolve(self, open: BTreeSet<Open>) -> Self {
+        for Open { node, id } in open {
+            tracing::debug!(node, id, nodes = self.context.config.nodes.len(), "left for a person");
+        }
+        self
+    }
+}
+
+// ---- the posts ----
+
+/// What a post has seen.
+struct Report {
+    node: String,
+    view: Result<Sight, String>,
+}
+
+/// Keeps a session on one node.
+struct Post<'a> {
+    context: &'a Context,
+    node: &'a Node,
+    session: Option<Seat>,
+    /// The last attempts that failed, and when the next one is due.
+    failures: u32,
+    due: Instant,
+    error: String,
+}
+
+/// A session, and what belongs to it.
+struct Seat {
+    session: Session,
+    notifications: mpsc::Receiver<Notification>,
+    /// This agent is the one that speaks on the node.
+    speaks: bool,
+    /// The extension's report fails there.
+    status_refused: bool,
+}
+
+impl<'a> Post<'a> {
+    fn new(context: &'a Context, node: &'a Node) -> Self {
+        Self { context, node, session: None, failures: 0, due: Instant::now(), error: String::new() }
+    }
+
+    /// Looks at the node at every interval and as soon as it tells of a conflict, and passes alarms on to it, for ever.
+    async fn keep(mut self, reports: mpsc::Sender<Report>, mut mail: mpsc::Receiver<Arc<str>>) -> Infallible {
+        loop {
+            let view = self.look(true).await;
+            let report = Report { node: self.node.name.clone(), view };
+            // The desk lives as long as the posts do.
+            let _ = reports.send(report).await;
+            let looked = Instant::now();
+            let mut next = pin!(sleep(self.context.config.watch.interval));
+            loop {
+                tokio::select! {
+                    () = &mut next => break,
+                    Some(text) = mail.recv() => self.tell(&text).await,
+                    heard = hear(&mut self.session) => match heard {
+                        // Which one, the look will show.
+                        Some(_) => next.as_mut().reset(looked + SHORTEST_PAUSE),
+                        None => {
+                            tracing::debug!(node = self.node.name, "the connection is lost");
+                            self.session = None;
+                            next.as_mut().reset(looked + SHORTEST_PAUSE);
+                        }
+                    },
+                }
+            }
+        }
+    }
+
+    /// Looks once, after connecting if that is due.
+    async fn look(&mut self, listens: bool) -> Result<Sight, String> {
+        if self.session.is_none() {
+            if Instant::now() < self.due {
+                return Err(self.error.clone());
+            }
+            match self.connect(listens).await {
+                Ok(seat) => self.session = Some(seat),
+                Err(error) => return Err(self.failed(&error)),
+            }
+        }
+        let Some(seat) = &mut self.session else { return Err(self.error.clone()) };
+        if listens && !seat.speaks {
+            let locked = seat.session.row(sql::WATCH_LOCK, &[], LOOK_BOUND).await;
+            seat.speaks = locked.is_ok_and(|row| row.get("locked"));
+        }
+        let looked = sight::look(&seat.session, self.node, &mut seat.status_refused, LOOK_BOUND);
+        match timeout(NODE_BOUND, looked).await {
+            Ok(Ok(sight)) => {
+                self.failures = 0;
+                Ok(sight)
+            }
+            Ok(Err(error)) => Err(self.failed(&error)),
+            Err(_) => {
+                self.abandon();
+                Err(format!("no answer within {}", humantime::format_duration(NODE_BOUND)))
+            }
+        }
+    }
+
+    async fn connect(&self, listens: bool) -> Result<Seat, NodeError> {
+        let mut session = self.context.connector.connect(self.node, CONNECT_BOUND).await?;
+        let notifications = session.notifications().unwrap_or_else(|| mpsc::channel(1).1);
+        if listens {
+            match session.run(&format!("listen {CONFLICTS}"), LOOK_BOUND).await {
+                // A standby: it has no conflicts to tell of.
+                Err(error) if error.trouble == Trouble::Refused => tracing::debug!(%error, "cannot listen"),
+                result => result?,
+            }
+        }
+        Ok(Seat { session, notifications, speaks: false, status_refused: false })
+    }
+
+    /// Counts a failure; without a sound session, the next attempt is a while off.
+    fn failed(&mut self, error: &NodeError) -> String {
+        if error.trouble != Trouble::Refused {
+            self.abandon();
+            let pause = self.context.config.watch.interval.saturating_mul(1 << self.failures.min(10));
+            self.due = Instant::now() + pause.min(LONGEST_PAUSE);
+            self.failures += 1;
+        }
+        tracing::debug!(%error, failures = self.failures, "look failed");
+        self.error = error.to_string();
+        self.error.clone()
+    }
+
+    fn abandon(&mut self) {
+        if let Some(seat) = self.session.take() {
+            seat.session.abandon();
+        }
+    }
+
+    /// Sends an alarm to whoever listens on the node.
+    async fn tell(&mut self, text: &str) {
+        let (node, Some(channel)) = (&self.node.name, &self.context.config.watch.channel) else { return };
+        match &self.session {
+            None => tracing::debug!(node, "not notified, as it cannot be reached"),
+            Some(seat) if !seat.speaks => tracing::debug!(node, "another agent speaks there"),
+            Some(seat) => {
+                if let Err(error) = seat.session.rows(sql::TELL, &[channel, &text], LOOK_BOUND).await {
+                    tracing::warn!(%error, "could not notify");
+                }
+            }
+        }
+    }
+}
+
+/// The next notification; none when the connection has ended. For ever if there is none.
+async fn hear(session: &mut Option<Seat>) -> Option<Notification> {
+    match session {
+        Some(seat) => seat.notifications.recv().await,
+        None => pending().await,
+    }
+}
+
+// ---- the desk ----
+
+/// Where the posts' reports come together.
+struct Desk<'a> {
+    context: &'a Context,
+    outboxes: Vec<mpsc::Sender<Arc<str>>>,
+    began: Instant,
+    watchdog: Watchdog,
+    alarms: Alarms,
+    views: Views,
+    heard: BTreeMap<String, Instant>,
+    open: BTreeSet<Open>,
+    status: String,
+}
+
+impl<'a> Desk<'a> {
+    fn new(context: &'a Context, outboxes: Vec<mpsc::Sender<Arc<str>>>) -> Self {
+        let Watch { interval, stall, .. } = context.config.watch;
+        let patience = Patience { stall, mend: interval * LOOKS_TO_MEND, attempts: 2, resolve: TO_RESOLVE };
+        Self {
+            context,
+            outboxes,
+            began: Instant::now(),
+            watchdog: Watchdog::new(&context.config, patience),
+            alarms: Alarms::default(),
+            views: Views::new(),
+            heard: BTreeMap::new(),
+            open: BTreeSet::new(),
+            status: String::new(),
+        }
+    }
+
+    /// Takes in reports, judges, speaks and has conflicts resolved, for ever.
+    async fn keep(&mut self, mut inbox: mpsc::Receiver<Report>) -> Infallible {
+        let mut looks = interval(self.context.config.watch.interval);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut alive = sd_notify::watchdog_enabled().map(|period| interval(period / 2));
+        let mut ready = false;
+        let mut hands = Some(Hands { context: self.context });
+        let mut at_work: AtWork<'a> = None;
+        loop {
+            tokio::select! {
+                Some(report) = inbox.recv() => {
+                    self.take_in(report);
+                    if !ready && self.views.len() == self.context.config.nodes.len() {
+                        ready = true;
+                        self.announce();
+                        looks.reset_immediately();
+                    }
+                }
+                _ = looks.tick(), if ready => self.judge(),
+                idle = work(&mut at_work) => (hands, at_work) = (Some(idle), None),
+                () = tick(&mut alive) => if self.posts_report() {
+                    supervisor(&[NotifyState::Watchdog]);
+                },
+            }
+            if !self.open.is_empty()
+                && let Some(hands) = hands.take()
+            {
+                at_work = Some(Box::pin(hands.resolve(std::mem::take(&mut self.open))));
+            }
+        }
+    }
+
+    fn take_in(&mut self, report: Report) {
+        let Report { node, view } = report;
+        let conflicts = view.as_ref().map_or(&[][..], |sight| &sight.conflicts);
+        self.open.extend(conflicts.iter().map(|conflict| Open { node: node.clone(), id: conflict.id }));
+        self.heard.insert(node.clone(), Instant::now());
+        self.views.insert(node, view);
+    }
+
+    fn announce(&self) {
+        supervisor(&[NotifyState::Ready]);
+        let names: Vec<&str> = self.context.config.nodes.iter().map(|node| node.name.as_str()).collect();
+        if self.context.json {
+            print(&json!({"event": "watching", "at": time(SystemTime::now()), "nodes": names}).to_string());
+        } else {
+            print(&format!("{} watching {}", time(SystemTime::now()), names.join(", ")));
+        }
+    }
+
+    /// Whether every post has been heard of lately: it looks at every interval, and each look is bounded.
+    fn posts_report(&self) -> bool {
+        let longest = self.context.config.watch.interval + CONNECT_BOUND + NODE_BOUND + LOOK_BOUND;
+        let late = |node: &Node| self.heard.get(&node.name).unwrap_or(&self.began).elapsed() > longest;
+        !self.context.config.nodes.iter().any(late)
+    }
+
+    fn judge(&mut self) {
+        let now = self.began.elapsed();
+        let clock = SystemTime::now();
+        let findings = self.watchdog.look(now, &self.views);
+        for event in self.alarms.hear(now, findings) {
+            let text = event.text(clock);
+            match event.word {
+                Word::Alarm | Word::Reminder => tracing::warn!("{text}"),
+                Word::Clear => tracing::info!("{text}"),
+            }
+            if self.context.json {
+                print(&event.json(clock).to_string());
+            } else {
+                print(&format!("{} {}: {text}", time(clock), event.word.word()));
+            }
+            let payload: Arc<str> = payload(&text).into();
+            for outbox in &self.outboxes {
+                if outbox.try_send(Arc::clone(&payload)).is_err() {
+                    tracing::warn!("an alarm was not sent: too many wait");
+                }
+            }
+        }
+        let raised: Vec<String> = self
+            .alarms
+            .raised(now)
+            .map(|finding| format!("{} {}", finding.subject, finding.condition.phrase()))
+            .collect();
+        let status = if raised.is_empty() { "all is well".to_owned() } else { raised.join("; ") };
+        if status != self.status {
+            supervisor(&[NotifyState::Status(&status)]);
+            self.status = status;
+        }
+    }
+}
+
+/// What the bot is used to; a payload may not have 8000 bytes.
+fn payload(text: &str) -> String {
+    const MOST: usize = 2000;
+    let mut payload = format!("REPL WDOG: {text}");
+    if payload.len() > MOST {
+        let end = (0..=MOST).rev().find(|end| payload.is_char_boundary(*end)).unwrap_or_default();
+        payload.truncate(end);
+        payload.push_str("...");
+    }
+    payload
+}
+
+fn time(clock: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(clock).to_string()
+}
+
+/// Hands at work, which come back idle.
+type AtWork<'a> = Option<Pin<Box<dyn Future<Output = Hands<'a>> + 'a>>>;
+
+/// Goes on with what is at work, if anything is.
+async fn work<'a>(at_work: &mut AtWork<'a>) -> Hands<'a> {
+    match at_work {
+        Some(work) => work.await,
+        None => pending().await,
+    }
+}
+
+async fn tick(interval: &mut Option<tokio::time::Interval>) {
+    match interval {
+        Some(interval) => drop(interval.tick().await),
+        None => pending().await,
+    }
+}
+
+// ---- once ----
+
+/// Looks until nothing is the matter or three times, an interval apart.
+async fn report(context: &Context) -> Reply {
+    let Watch { interval, stall, .. } = context.config.watch;
+    // As impatient as three looks allow.
+    let patience = Patience {
+        stall: stall.min(interval * (LOOKS_TO_MEND - 1)),
+        mend: Duration::ZERO,
+        attempts: 0,
+        resolve: Duration::ZERO,
+    };
+    let mut watchdog = Watchdog::new(&context.config, patience);
+    let mut posts: Vec<Post<'_>> = context.config.nodes.iter().map(|node| Post::new(context, node)).collect();
+    let began = Instant::now();
+    let mut looks = LOOKS_TO_MEND;
+    loop {
+        let views = join_all(posts.iter_mut().map(|post| async { (post.node.name.clone(), post.look(false).await) }));
+        let findings = watchdog.look(began.elapsed(), &views.await.into_iter().collect());
+        looks -= 1;
+        if looks == 0 || (findings.present.is_empty() && findings.unknown.is_empty()) {
+            return reply(&findings.present, &watchdog.gauges().cloned().collect::<Vec<_>>());
+        }
+        sleep(interval).await;
+    }
+}
+
+fn reply(present: &[Finding], gauges: &[Gauge]) -> Reply {
+    let clock = SystemTime::now();
+    let well = present.is_empty();
+    let mut lines: Vec<String> = gauges
+        .iter()
+        .map(|gauge| {
+            let connected = match gauge.connected {
+                Some(true) => "connected",
+                Some(false) => "not connected",
+                None => "not known",
+            };
+            let behind = gauge.bytes_behind.map(|bytes| format!(", {bytes} B behind")).unwrap_or_default();
+            format!("{} -> {}: {connected}{behind}", gauge.from, gauge.to)
+        })
+        .collect();
+    lines.extend(present.iter().map(|finding| alarm::line(finding, clock)));
+    lines.push(if well { "all is well".into() } else { "not all is well".to_owned() });
+    let conditions: Vec<Value> = present.iter().map(|finding| alarm::json(finding, clock)).collect();
+    let json = json!({"command": "watch", "outcome": "done", "well": well, "replication": gauges,
+        "conditions": conditions});
+    Reply { text: lines.join("\n"), json, kind: (!well).then_some(Kind::Undone) }
+}
