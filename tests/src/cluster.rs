@@ -362,6 +362,13 @@ impl Cluster {
         command
     }
 
+    /// Appends to the agent's configuration: sections that tests of single commands want.
+    pub fn configure_agent(&self, text: &str) -> Result<()> {
+        let path = self.agent_configuration();
+        let configuration = fs::read_to_string(&path)? + text;
+        Ok(fs::write(path, configuration)?)
+    }
+
     /// Runs the agent to its end: `cluster.agent(&["hop", "gideon"])`.
     pub async fn agent(&self, arguments: &[&str]) -> Result<AgentOutput> {
         let mut command = self.agent_command(arguments);

@@ -15,6 +15,7 @@ mod replication;
 mod runs;
 mod scenarios;
 mod testme;
+mod watch;
 
 /// How long to wait for what should happen at once: long, because a loaded machine is not a failure.
 const PATIENCE: Duration = Duration::from_secs(30);
