@@ -23,7 +23,7 @@ help:
 	@echo 'make setup                packages and a PostgreSQL >= 16 (the other targets call it); PG_CONFIG=... to choose one'
 	@echo 'make build                the extension and the agent, under target/release'
 	@echo 'make install PG_CONFIG=/usr/lib/postgresql/16/bin/pg_config   the extension into that PostgreSQL; honours DESTDIR'
-	@echo 'make install-agent        the agent into $$(PREFIX)/bin, /usr/local by default; honours DESTDIR'
+	@echo 'make install-agent        the agent and its systemd unit into $$(PREFIX), /usr/local by default; honours DESTDIR'
 	@echo 'make lint                 formatting and clippy, without a warning'
 	@echo 'make clean                removes target/, fetched servers included'
 
@@ -48,6 +48,9 @@ PREFIX ?= /usr/local
 install-agent: setup
 	@$(environment) $(CARGO) build --release --locked --package stillebot-agent
 	install -D -m 755 target/release/stillebot-agent '$(DESTDIR)$(PREFIX)/bin/stillebot-agent'
+	install -d '$(DESTDIR)$(PREFIX)/lib/systemd/system'
+	sed 's#/usr/local/#$(PREFIX)/#' agent/systemd/stillebot-agent.service \
+	  > '$(DESTDIR)$(PREFIX)/lib/systemd/system/stillebot-agent.service'
 
 demo: build install
 	@$(environment) $(CARGO) run --quiet --release --locked --package stillebot-tests --bin demo
