@@ -80,8 +80,13 @@ pub enum Command {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Watches replication in each direction until it is stopped: logs, notifies, says when it is well again.
+    /// Watches replication in each direction until it is stopped: logs, notifies, says when it is well again; and resolves
+    /// conflicts by the rules of the configuration.
     Watch {
+        /// The node that this agent runs for: it resolves while that is the active side. By default the node of this host, by
+        /// its name; if there is none, whichever side is active.
+        #[arg(long)]
+        node: Option<String>,
         /// Look a few times, say how things are, and end: exit code 0 if all is well, 1 if not. Notifies nobody.
         #[arg(long)]
         once: bool,

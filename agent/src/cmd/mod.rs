@@ -111,7 +111,7 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Up { node, force, dry_run } => up::run(&context, node, *force, *dry_run).await,
         Command::Hop(options) => hop::run(&context, options).await,
         Command::Activate { node, dry_run } => activate::run(&context, node, *dry_run).await,
-        Command::Watch { once } => watch::run(&context, *once).await,
+        Command::Watch { once, node } => watch::run(&context, *once, node.as_deref()).await,
         Command::Refresh { dry_run } => refresh::run(&context, *dry_run).await,
         Command::Conflicts(verb) => conflicts::run(&context, verb).await,
     };

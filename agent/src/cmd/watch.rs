@@ -8,7 +8,7 @@
 //! Everything runs in one task, so that what keeps any of it from going on also keeps systemd from hearing that it is
 //! alive.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::future::pending;
 use std::pin::{Pin, pin};
@@ -26,9 +26,11 @@ use super::{Context, Reply, print};
 use crate::alarm::{self, Alarms, Word};
 use crate::condition::Finding;
 use crate::config::{Node, Watch};
-use crate::crew::{CONNECT_BOUND, LOOK_BOUND};
+use crate::crew::{CONNECT_BOUND, Crew, LOOK_BOUND};
 use crate::failure::{Failure, Kind};
 use crate::node::{NodeError, Session, Trouble};
+use crate::resolve::{self, Attempts};
+use crate::resolver::{self, End, Outcome};
 use crate::sight::{self, Sight};
 use crate::sql;
 use crate::watchdog::{Gauge, Patience, Views, Watchdog};
@@ -49,7 +51,11 @@ const TO_RESOLVE: Duration = Duration::from_secs(2);
 const MAILBOX: usize = 64;
 
 /// Runs it until a signal comes, or once.
-pub async fn run(context: &Context, once: bool) -> Result<Reply, Failure> {
+pub async fn run(context: &Context, once: bool, node: Option<&str>) -> Result<Reply, Failure> {
+    let own = match node {
+        Some(name) => Some(context.node(name)?),
+        None => own_node(context),
+    };
     if once {
         return tokio::select! {
             reply = report(context) => Ok(reply),
@@ -63,7 +69,7 @@ pub async fn run(context: &Context, once: bool) -> Result<Reply, Failure> {
         outboxes.push(outbox);
         posts.push(Box::pin(Post::new(context, node).keep(reports.clone(), mail)));
     }
-    let mut desk = Desk::new(context, outboxes);
+    let mut desk = Desk::new(context, own, outboxes);
     tokio::select! {
         signal = context.signals.wait() => tracing::info!(signal, "stopping"),
         (never, ..) = select_all(posts) => match never {},
@@ -81,28 +87,70 @@ fn supervisor(state: &[NotifyState<'_>]) {
     }
 }
 
-/// An open conflict, wherever it is.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Open {
-    /// The node that recorded it.
-    pub node: String,
-    /// Its number there.
-    pub id: i64,
-}
-
 /// Resolves open conflicts by the rules. Goes from one piece of work to the next, with what it has to remember.
 struct Hands<'a> {
     context: &'a Context,
+    /// The node that this agent runs for; without one it resolves whichever side is active.
+    node: Option<&'a Node>,
+    crew: Crew<'a>,
+    attempts: Attempts,
 }
 
-impl Hands<'_> {
-    /// Resolves what there is a rule for; what remains open is handed over again at the next look.
-    async fn resolve(self, open: BTreeSet<Open>) -> Self {
-        for Open { node, id } in open {
-            tracing::debug!(node, id, nodes = self.context.config.nodes.len(), "left for a person");
+impl<'a> Hands<'a> {
+    async fn new(context: &'a Context, node: Option<&'a Node>) -> Self {
+        // Connects to nobody before there is something to do.
+        let (crew, _) = Crew::muster(&context.config, &context.connector, &[]).await;
+        Self { context, node, crew, attempts: Attempts::default() }
+    }
+
+    /// Resolves what there is a rule for, if that is this agent's business; what remains open is handed over again at the next
+    /// look.
+    async fn resolve(mut self) -> Self {
+        resolver::connect(&mut self.crew).await;
+        let sights = resolver::sights(self.context, &self.crew).await;
+        let active = resolve::active_side(&self.context.config, &sights);
+        if active.is_none() || self.node.is_some_and(|own| active.is_some_and(|node| node.name != own.name)) {
+            tracing::debug!(active = active.map(|node| &node.name), "not ours to resolve");
+            return self;
+        }
+        for (node, id) in resolver::pending(&self.crew, &mut self.attempts).await {
+            let (context, attempts) = (self.context, &mut self.attempts);
+            let outcome = resolver::resolve_by_rules(context, &mut self.crew, attempts, &node, id).await;
+            self.tell(&node, id, &outcome);
         }
         self
     }
+
+    fn tell(&self, node: &str, id: i64, outcome: &Outcome) {
+        let (word, text) = match &outcome.end {
+            End::Resolved(text) => ("resolved", text.clone()),
+            End::Left(why) => ("left to a person", why.clone()),
+            End::Failed { attempt, why } => ("not resolved", format!("attempt {attempt}: {why}")),
+            End::GivenUp(why) => ("given up", why.clone()),
+            End::Later(why) => return tracing::info!(node, id, why, "later"),
+            End::Closed | End::Known => return,
+        };
+        match &outcome.end {
+            End::Resolved(_) => tracing::info!(node, id, "{word}: {text}"),
+            _ => tracing::warn!(node, id, "{word}: {text}"),
+        }
+        let now = time(SystemTime::now());
+        if self.context.json {
+            let event = json!({"event": "conflict", "at": now, "node": node, "id": id, "end": word, "text": text,
+                "deeds": outcome.deeds, "notes": outcome.notes});
+            print(&event.to_string());
+        } else {
+            print(&format!("{now} conflict {node}/{id} {word}: {text}"));
+        }
+    }
+}
+
+/// The node of this host: the one that is named as it, or has its name as host.
+fn own_node(context: &Context) -> Option<&Node> {
+    let name = nix::unistd::gethostname().ok()?.into_string().ok()?;
+    let short = name.split('.').next()?;
+    let same = |other: &str| other.eq_ignore_ascii_case(&name) || other.eq_ignore_ascii_case(short);
+    context.config.nodes.iter().find(|node| same(&node.name) || same(&node.host))
 }
 
 // ---- the posts ----
@@ -256,29 +304,32 @@ async fn hear(session: &mut Option<Seat>) -> Option<Notification> {
 /// Where the posts' reports come together.
 struct Desk<'a> {
     context: &'a Context,
+    own: Option<&'a Node>,
     outboxes: Vec<mpsc::Sender<Arc<str>>>,
     began: Instant,
     watchdog: Watchdog,
     alarms: Alarms,
     views: Views,
     heard: BTreeMap<String, Instant>,
-    open: BTreeSet<Open>,
+    /// There are open conflicts, since they were last handed over.
+    open: bool,
     status: String,
 }
 
 impl<'a> Desk<'a> {
-    fn new(context: &'a Context, outboxes: Vec<mpsc::Sender<Arc<str>>>) -> Self {
+    fn new(context: &'a Context, own: Option<&'a Node>, outboxes: Vec<mpsc::Sender<Arc<str>>>) -> Self {
         let Watch { interval, stall, .. } = context.config.watch;
         let patience = Patience { stall, mend: interval * LOOKS_TO_MEND, attempts: 2, resolve: TO_RESOLVE };
         Self {
             context,
+            own,
             outboxes,
             began: Instant::now(),
             watchdog: Watchdog::new(&context.config, patience),
             alarms: Alarms::default(),
             views: Views::new(),
             heard: BTreeMap::new(),
-            open: BTreeSet::new(),
+            open: false,
             status: String::new(),
         }
     }
@@ -289,7 +340,7 @@ impl<'a> Desk<'a> {
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut alive = sd_notify::watchdog_enabled().map(|period| interval(period / 2));
         let mut ready = false;
-        let mut hands = Some(Hands { context: self.context });
+        let mut hands = Some(Hands::new(self.context, self.own).await);
         let mut at_work: AtWork<'a> = None;
         loop {
             tokio::select! {
@@ -307,18 +358,19 @@ impl<'a> Desk<'a> {
                     supervisor(&[NotifyState::Watchdog]);
                 },
             }
-            if !self.open.is_empty()
+            if self.open
                 && let Some(hands) = hands.take()
             {
-                at_work = Some(Box::pin(hands.resolve(std::mem::take(&mut self.open))));
+                self.open = false;
+                at_work = Some(Box::pin(hands.resolve()));
             }
         }
     }
 
     fn take_in(&mut self, report: Report) {
         let Report { node, view } = report;
-        let conflicts = view.as_ref().map_or(&[][..], |sight| &sight.conflicts);
-        self.open.extend(conflicts.iter().map(|conflict| Open { node: node.clone(), id: conflict.id }));
+        let conflicts = view.as_ref().is_ok_and(|sight| !sight.conflicts.is_empty());
+        self.open |= conflicts && !self.context.config.rules.is_empty();
         self.heard.insert(node.clone(), Instant::now());
         self.views.insert(node, view);
     }
