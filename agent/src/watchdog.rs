@@ -487,7 +487,9 @@ impl Direction {
         let since = reached.or(self.samples.front()).map_or(now, |(when, ..)| *when);
         // After an interruption, the time to catch up does not count at once.
         let late = now.saturating_sub(since).min(now.saturating_sub(self.labours));
-        self.slow = behind > 0 && late >= if self.slow { patience.stall / 2 } else { patience.stall };
+        // Only what moves is slow; what does not may be about to be stalled.
+        let enough = if self.slow { late >= patience.stall / 2 } else { moves && late >= patience.stall };
+        self.slow = behind > 0 && enough;
         if self.slow {
             let condition = Condition::Slow {
                 bytes_behind: behind,
@@ -723,6 +725,21 @@ mod tests {
             .map(|now| (now, watchdog.look(seconds(now), &at(now, (2000 + (now - 200) * 150).min(now * 100)))));
         let well = well.filter(|(_, findings)| findings.present.is_empty()).map(|(now, _)| now).next().unwrap();
         assert!((480..=560).contains(&well), "{well}");
+    }
+
+    #[test]
+    fn what_has_moved_a_little_and_stopped_is_stalled_and_was_never_slow() {
+        let mut watchdog = watchdog();
+        let at = |applied| {
+            views(|source, _| {
+                source.written = 5000;
+                source.slots[0].confirmed = Some(applied);
+            })
+        };
+        look_for(&mut watchdog, 0, 0, &views(|_, _| {}));
+        assert!(words(&watchdog.look(seconds(5), &at(2000))).is_empty());
+        assert!(words(&look_for(&mut watchdog, 10, 60, &at(2000))).is_empty());
+        assert_eq!(words(&watchdog.look(seconds(65), &at(2000))), ["a -> b stalled"]);
     }
 
     #[test]
