@@ -19,7 +19,7 @@ help:
 	@echo 'make demo                 two live servers, hopped between under load; KEEP=1 leaves them running'
 	@echo 'make test                 proves every promise, on real servers'
 	@echo 'make fuzz                 the decoder of replication messages, against noise; SECONDS=60'
-	@echo 'make bench                figures, as ratios to plain PostgreSQL'
+	@echo 'make bench                figures, as ratios to plain PostgreSQL; SUBJECTS="pgbench hops apply conflicts"'
 	@echo 'make setup                packages and a PostgreSQL >= 16 (the other targets call it); PG_CONFIG=... to choose one'
 	@echo 'make build                the extension and the agent, under target/release'
 	@echo 'make install PG_CONFIG=/usr/lib/postgresql/16/bin/pg_config   the extension into that PostgreSQL; honours DESTDIR'
@@ -65,7 +65,7 @@ fuzz: setup
 	  --config profile.release.package.stillebot-tests.overflow-checks=true
 
 bench: build install
-	@$(environment) $(CARGO) run --quiet --release --locked --package stillebot-tests --bin bench
+	@$(environment) $(CARGO) run --quiet --release --locked --package stillebot-tests --bin bench -- $(SUBJECTS)
 
 lint: setup
 	@$(CARGO) fmt --all --check
