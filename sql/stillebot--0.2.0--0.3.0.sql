@@ -93,10 +93,12 @@ create table multihome.log (
     settling boolean not null default false,
     -- What was decided, while resolution says it in words: local, remote or skip.
     answer text,
-    primary key (node, id)
+    primary key (id, node)
 );
-create index log_open on multihome.log (node) where status = 'open';
-create index log_transaction on multihome.log (node, subscription_oid, remote_commit_lsn);
+-- Floods come while the collector has plans from when the log was small: for each of its questions there is one index that is
+-- never the worse one.
+create index log_open on multihome.log (node, blocking) where status = 'open';
+create index log_transaction on multihome.log (node, subscription_oid, coalesce(remote_commit_lsn, '0/0'), id);
 comment on table multihome.log is 'What multihome.conflicts shows, of this and, after an initial copy, of other nodes.';
 
 create view multihome.conflicts as
@@ -558,7 +560,7 @@ begin
     select * into known
       from multihome.log l
      where l.node = entry.node and l.subscription_oid = entry.subscription_oid
-       and l.remote_commit_lsn is not distinct from entry.remote_commit_lsn
+       and coalesce(l.remote_commit_lsn, '0/0') = coalesce(entry.remote_commit_lsn, '0/0')
        and l.sqlstate is not distinct from entry.sqlstate
        and (l.change_number is not distinct from entry.change_number
             -- Which one it was the rows told, when they were still there.

@@ -100,10 +100,15 @@ pub extern "C-unwind" fn stillebot_collector_main(database: pg_sys::Datum) {
     }
     BackgroundWorker::connect_worker_to_spi_by_oid(Some(database), None);
     // SAFETY: settings of this process, set as any session may. The log must not wait for a table that somebody has locked,
-    // nor be lost with the newest commits.
+    // nor be lost with the newest commits. Plans are made once, when the log may be empty, and must do when it is long.
     unsafe {
-        for (name, value) in [(c"lock_timeout", c"1s"), (c"statement_timeout", c"20s"), (c"search_path", c"pg_catalog")]
-        {
+        for (name, value) in [
+            (c"lock_timeout", c"1s"),
+            (c"statement_timeout", c"20s"),
+            (c"search_path", c"pg_catalog"),
+            (c"enable_seqscan", c"off"),
+            (c"jit", c"off"),
+        ] {
             pg_sys::SetConfigOption(
                 name.as_ptr(),
                 value.as_ptr(),
