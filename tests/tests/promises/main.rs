@@ -12,6 +12,7 @@ mod hop;
 mod lasting;
 mod proven;
 mod replication;
+mod rules;
 mod runs;
 mod scenarios;
 mod testme;

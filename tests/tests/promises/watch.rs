@@ -34,7 +34,7 @@ fn read(lines: &Lines) -> Vec<String> {
 }
 
 /// An agent that watches a cluster, and everything that it says to anybody.
-struct Watch {
+pub struct Watch {
     child: Child,
     /// Notifications, by node.
     heard: Vec<(String, Lines)>,
@@ -46,7 +46,16 @@ struct Watch {
 
 impl Watch {
     /// Starts it, and returns when it says that it is ready.
-    async fn start(cluster: &Cluster) -> Result<Self> {
+    pub async fn start(cluster: &Cluster) -> Result<Self> {
+        Self::begin(cluster, &["watch", "--json"]).await
+    }
+
+    /// Starts the one of a node.
+    pub async fn start_for(cluster: &Cluster, node: &str) -> Result<Self> {
+        Self::begin(cluster, &["watch", "--json", "--node", node]).await
+    }
+
+    async fn begin(cluster: &Cluster, arguments: &[&str]) -> Result<Self> {
         let mut heard = Vec::new();
         for node in cluster.nodes() {
             let mut session = node.listen("rosuav", DATABASE).await?;
@@ -73,7 +82,7 @@ impl Watch {
                 String::from_utf8_lossy(&buffer[..length]).lines().for_each(|line| push(&lines, line));
             }
         });
-        let mut command = cluster.agent_command(&["watch", "--json"]);
+        let mut command = cluster.agent_command(arguments);
         command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "400000").env_remove("WATCHDOG_PID");
         let mut child = command.spawn().with_context(|| format!("could not run {:?}", command.as_std()))?;
         let printed = Lines::default();
@@ -106,6 +115,20 @@ impl Watch {
         .with_context(|| format!("heard so far: {:#?}, printed: {:#?}", self.on(node), read(&self.printed)))
     }
 
+    /// Waits until it has told the supervisor so many times more that it is alive, which it does while it looks on.
+    pub async fn look_on(&self, times: usize) -> Result<()> {
+        let before = read(&self.supervisor).len();
+        wait_until("the agent to look on", PATIENCE, || async {
+            Ok((read(&self.supervisor).len() >= before + times).then_some(()))
+        })
+        .await
+    }
+
+    /// The lines of its standard output.
+    pub fn printed(&self) -> Vec<String> {
+        read(&self.printed)
+    }
+
     /// Exactly these have been notified on each of the nodes, in this order, and printed: each a part of what was said.
     fn assert_heard(&self, nodes: &[&str], expected: &[&str]) -> Result<()> {
         let printed = read(&self.printed);
@@ -120,7 +143,7 @@ impl Watch {
     }
 
     /// Ends it with SIGTERM: cleanly, at once, and with a last word to the supervisor.
-    async fn end(mut self) -> Result<()> {
+    pub async fn end(mut self) -> Result<()> {
         let pid = Pid::from_raw(self.child.id().context("it has ended")?.try_into()?);
         let asked = Instant::now();
         signal::kill(pid, Signal::SIGTERM)?;
