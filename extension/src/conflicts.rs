@@ -24,7 +24,8 @@ fn multihome_begin_local(verb: &[u8]) {
 }
 
 /// Runs a query as another role, as core runs the expressions of an index: functions of that role's making cannot take
-/// over the rights of whoever called. Returns the text in the first column of the first row.
+/// over the rights of whoever called, and settings are as before when it is done, above all search_path, by which the
+/// caller finds its own functions and operators. Returns the text in the first column of the first row.
 #[pg_extern(sql = false)]
 fn multihome_as_role(role: pg_sys::Oid, query: &[u8], first: Option<&[u8]>, second: Option<&[u8]>) -> Option<Vec<u8>> {
     const CONTEXT: u32 = pg_sys::SECURITY_LOCAL_USERID_CHANGE | pg_sys::SECURITY_RESTRICTED_OPERATION;
@@ -34,10 +35,12 @@ fn multihome_as_role(role: pg_sys::Oid, query: &[u8], first: Option<&[u8]>, seco
     unsafe {
         pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
         pg_sys::SetUserIdAndSecContext(role, context | CONTEXT as i32);
+        let settings = pg_sys::NewGUCNestLevel();
         let result = first_column(&query, &[first, second], |datum| {
             let text = pg_sys::pg_detoast_datum_packed(datum.cast_mut_ptr());
             pgrx::varlena::varlena_to_byte_slice(text).to_vec()
         });
+        pg_sys::AtEOXact_GUC(false, settings);
         pg_sys::SetUserIdAndSecContext(user, context);
         result
     }
