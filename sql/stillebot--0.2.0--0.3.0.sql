@@ -10,6 +10,13 @@ revoke execute on function multihome.begin_local(text) from public;
 comment on function multihome.begin_local(text) is
 'Keeps all of this transaction on this node, and lets it write also while the database is down. verb: what to call it in errors. Refused in transaction blocks and after writes.';
 
+create function multihome.end_local() returns void
+language c volatile parallel unsafe
+as 'MODULE_PATHNAME', 'multihome_end_local_wrapper';
+revoke execute on function multihome.end_local() from public;
+comment on function multihome.end_local() is
+'Ends what multihome.begin_local() began: the rest of the transaction is read-only, for it would not replicate.';
+
 create function multihome.as_role(role oid, query text, first text default null, second text default null) returns text
 language c volatile parallel unsafe
 as 'MODULE_PATHNAME', 'multihome_as_role_wrapper';
@@ -683,6 +690,7 @@ begin
     perform multihome.begin_local('stillebot_prune()');
     delete from multihome.log l where l.node = multihome.node_id() and l.status <> 'open' and l.last_seen < before;
     get diagnostics gone = row_count;
+    perform multihome.end_local();
     return gone;
 end $$;
 revoke execute on function public.stillebot_prune(timestamptz) from public;
@@ -758,6 +766,7 @@ begin
            resolution = 'transaction skipped; lost: ' || multihome.summary(l.changes, false)
      where l.node = entry.node and l.subscription_oid = entry.subscription_oid and l.remote_commit_lsn = entry.remote_commit_lsn and l.blocking;
     perform multihome.go_on(entry);
+    perform multihome.end_local();
     return format('the whole transaction at %s is skipped on this node; lost: %s', entry.remote_commit_lsn, multihome.summary(entry.changes, false));
 end $$;
 revoke execute on function public.stillebot_skip(bigint) from public;
@@ -880,6 +889,7 @@ begin
            set status = 'resolved', blocking = false, answer = kept, resolved_by = session_user, resolved_at = clock_timestamp(),
                resolution = case kept when 'remote' then 'kept remote: row inserted' else 'kept local: the row stays deleted' end
          where l.node = entry.node and l.id = entry.id;
+        perform multihome.end_local();
         return format('%s; %s', case kept when 'remote' then 'the incoming row was inserted here' else 'the row stays deleted here' end, advice);
     elsif entry.conflict_type not in ('insert_exists', 'update_exists', 'multiple_unique_conflicts') then
         raise object_not_in_prerequisite_state using message = format('conflict %s, %s, has no two versions to choose from', conflict_id, entry.conflict_type),
@@ -925,6 +935,7 @@ begin
                                   else format('kept remote%s: %s local rows removed, kept here in local_conflicts', reason, gone) end
      where l.node = entry.node and l.id = entry.id;
     perform multihome.go_on(entry);
+    perform multihome.end_local();
     return format('%s%s; %s', case kept when 'local' then format('the incoming %s is left out here', entry.operation)
                                         else format('%s local rows were removed here, and the incoming %s goes in', gone, entry.operation) end, reason, advice);
 end $$;
@@ -1001,6 +1012,7 @@ begin
        set settling = true, resolution = format('made room: %s on the rows in the way', assignments), resolved_by = session_user
      where l.node = entry.node and l.id = entry.id;
     perform multihome.go_on(entry);
+    perform multihome.end_local();
 end $$;
 revoke execute on function multihome.make_room(bigint, jsonb) from public;
 comment on function multihome.make_room(bigint, jsonb) is
@@ -1124,6 +1136,7 @@ begin
     perform multihome.as_apply(entry.relation,
         format('with t as (delete from %s as t where %s returning 1) select count(*)::text from t', entry.relation::regclass, multihome.by_key(entry.relation, 't', '$1')), key::text);
     perform multihome.insert_row(entry.relation, tuple);
+    perform multihome.end_local();
 end $$;
 revoke execute on function multihome.put(bigint, jsonb) from public;
 comment on function multihome.put(bigint, jsonb) is
@@ -1133,6 +1146,8 @@ create function multihome.settle(conflict_id bigint, resolution text, by_whom te
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    settled boolean;
 begin
     perform multihome.begin_local('multihome.settle()');
     update multihome.log as l
@@ -1141,7 +1156,9 @@ begin
            resolved_by = coalesce(by_whom, session_user), resolved_at = clock_timestamp()
      where l.node = multihome.node_id() and l.id = conflict_id
        and (l.status = 'open' or l.answer is not null and l.resolved_by = session_user);
-    return found;
+    settled := found;
+    perform multihome.end_local();
+    return settled;
 end $$;
 revoke execute on function multihome.settle(bigint, text, text) from public;
 comment on function multihome.settle(bigint, text, text) is
@@ -1154,6 +1171,7 @@ as $$
 begin
     perform multihome.begin_local('multihome.note()');
     update multihome.log as l set resolution = note.resolution where l.node = multihome.node_id() and l.id = conflict_id and l.status = 'open';
+    perform multihome.end_local();
 end $$;
 revoke execute on function multihome.note(bigint, text) from public;
 comment on function multihome.note(bigint, text) is 'Writes into an open conflict what was tried. It stays open.';

@@ -6,21 +6,38 @@ use std::ffi::CString;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-use crate::verbs::{prevent_in_block, prevent_in_writing_statement};
+use crate::verbs::{fail, prevent_in_block, prevent_in_writing_statement};
 use crate::{compat, local, shmem};
 
 /// Begins a transaction that stays on this node; see local.rs.
 #[pg_extern(sql = false)]
 fn multihome_begin_local(verb: &[u8]) {
     if local::is_active() {
-        return;
+        return local::begin();
     }
     let verb = compat::from_server_encoding(verb);
     prevent_in_block(&verb);
     prevent_in_writing_statement(&verb, "Call it as a statement of its own.");
     // SAFETY: backend-local; raises on a standby, where nothing can be written.
     unsafe { pg_sys::PreventCommandDuringRecovery(compat::c_string(&verb).as_ptr()) };
+    // An apply worker, in a trigger, or a session that replays another node's transactions: the origin is theirs, and
+    // without it at commit they would apply the same again.
+    // SAFETY: backend-local.
+    if unsafe { pg_sys::replorigin_session_origin } != pg_sys::InvalidRepOriginId as pg_sys::RepOriginId {
+        fail(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            &format!("{verb} cannot be called where transactions have a replication origin"),
+            None,
+            "Call it from an ordinary session.",
+        );
+    }
     local::begin();
+}
+
+/// Ends what a verb wrote that stays on this node; see local.rs.
+#[pg_extern(sql = false)]
+fn multihome_end_local() {
+    local::finish();
 }
 
 /// Runs a query as another role, as core runs the expressions of an index: functions of that role's making cannot take

@@ -3,9 +3,12 @@
 //! Such a transaction carries the origin `DoNotReplicateId`, which core itself keeps for changes that no subscription
 //! with `origin = none` shall get: it needs no entry in a catalog, any number of processes may use it at once, and recovery
 //! knows it. It also passes read-only mode: what mends replication must not require opening the database.
+//!
+//! Both are for the verb that began it, and for nothing else that its caller may want to write: when the verb is done, the
+//! rest of the transaction is read-only.
 
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
 use pgrx::pg_sys;
 
@@ -13,6 +16,8 @@ use crate::compat;
 
 /// The local id of the transaction that stays here; 0 if none does.
 static LOCAL: AtomicU32 = AtomicU32::new(0);
+/// Whether the verb that began it is still at work.
+static AT_WORK: AtomicBool = AtomicBool::new(false);
 
 pub fn init() {
     // SAFETY: called from _PG_init in the postmaster; backends inherit the callback.
@@ -26,8 +31,15 @@ pub fn is_active() -> bool {
     local != 0 && local == compat::my_local_xid()
 }
 
+/// Whether this process is writing what stays here.
+#[inline]
+pub fn is_writing() -> bool {
+    is_active() && AT_WORK.load(Relaxed)
+}
+
 /// Keeps all of this transaction here, which must not have written before: the origin of its commit is that of all of it.
 pub fn begin() {
+    AT_WORK.store(true, Relaxed);
     LOCAL.store(compat::my_local_xid(), Relaxed);
     // SAFETY: backend-local variables. Without a time of its own core sets the time to that of the commit, and there it
     // would stay for the next transaction.
@@ -35,6 +47,15 @@ pub fn begin() {
         pg_sys::replorigin_session_origin = pg_sys::DoNotReplicateId as pg_sys::RepOriginId;
         pg_sys::replorigin_session_origin_timestamp = 0;
         pg_sys::XactReadOnly = false;
+    }
+}
+
+/// Whatever else the transaction does, it writes nothing more: that would not replicate.
+pub fn finish() {
+    if is_active() {
+        AT_WORK.store(false, Relaxed);
+        // SAFETY: backend-local.
+        unsafe { pg_sys::XactReadOnly = true };
     }
 }
 

@@ -88,7 +88,7 @@ fn classify() -> Process {
 /// is read-only from here on.
 #[inline]
 fn enter(effect: Effect) -> bool {
-    if process() != Process::Ordinary || local::is_active() {
+    if process() != Process::Ordinary || local::is_writing() {
         return false;
     }
     let (Some(database), Some(backend)) = (shmem::my_database(), shmem::my_backend()) else {

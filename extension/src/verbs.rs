@@ -481,7 +481,7 @@ fn sleep(milliseconds: i64) {
     pgrx::check_for_interrupts!();
 }
 
-fn fail(code: PgSqlErrorCode, message: &str, detail: Option<&str>, hint: &str) -> ! {
+pub fn fail(code: PgSqlErrorCode, message: &str, detail: Option<&str>, hint: &str) -> ! {
     let mut report = pgrx::pg_sys::panic::ErrorReport::new(code, message, "stillebot").set_hint(hint);
     if let Some(detail) = detail {
         report = report.set_detail(compat::in_server_encoding(detail.to_owned()));
