@@ -301,6 +301,8 @@ as $$
 declare
     own record;
     key text := coalesce(multihome.key_object(relation, 'stillebot row'), 'null::jsonb');
+    -- As core finds the row that an update changes: by the key, or else by all of the row.
+    is_own text := coalesce(multihome.by_key(relation, 'stillebot row', '$2'), 'to_jsonb("stillebot row") = $2::jsonb');
     expressions text;
     condition text;
     rows jsonb := '[]';
@@ -326,13 +328,13 @@ begin
                   hit as (select "stillebot row".xmin as xmin_, "stillebot row".tableoid as tableoid_, "stillebot row".ctid as ctid_,
                                  %s as key, to_jsonb("stillebot row") as tuple
                             from %s as "stillebot row" cross join "stillebot key"
-                           where %s and (%s) and ($2::jsonb is null or %s is distinct from $2::jsonb))
+                           where %s and (%s) and ($2::jsonb is null or (%s) is not true))
              select jsonb_agg(jsonb_build_object(
                         ''index'', %L, ''xid'', hit.xmin_::text::bigint, ''commit_ts'', c.commit_ts, ''origin'', c.origin::text::bigint,
                         ''key'', hit.key, ''tuple'', hit.tuple, ''tableoid'', hit.tableoid_::bigint, ''ctid'', hit.ctid_::text))::text
                from hit left join lateral multihome.commit_of(hit.xmin_) as c on true',
             expressions, multihome.record_of(relation, '$1'), own.predicate,
-            key, relation::regclass, condition, own.predicate, key, own.relname), whole::text, own_key::text)::jsonb, '[]');
+            key, relation::regclass, condition, own.predicate, is_own, own.relname), whole::text, own_key::text)::jsonb, '[]');
     end loop;
     return rows;
 end $$;
