@@ -445,7 +445,11 @@ begin
     entry.subscription_oid := (event ->> 'subscription')::oid;
     entry.subscription := coalesce((select subname from pg_subscription where oid = entry.subscription_oid), 'dropped subscription ' || entry.subscription_oid);
     entry.sqlstate := event ->> 'sqlstate';
-    entry.remote_commit_lsn := coalesce((event ->> 'remote_commit_lsn')::pg_lsn, substring(event ->> 'context' from '.*\m([0-9A-F]+/[0-9A-F]+)')::pg_lsn);
+    entry.remote_commit_lsn := (event ->> 'remote_commit_lsn')::pg_lsn;
+    if entry.remote_commit_lsn is null and not event ? 'copied' then
+        -- A parallel worker, which the tap does not see; core says it at the end. The context of a copy has data in it.
+        entry.remote_commit_lsn := substring(event ->> 'context' from '.*\m([0-9A-F]{1,8}/[0-9A-F]{1,8})$')::pg_lsn;
+    end if;
 
     if kind = 'error' and multihome.is_transient(entry.sqlstate) then
         insert into multihome.fault as f (subscription_oid, subscription, sqlstate, message, first_seen, last_seen)
