@@ -162,6 +162,8 @@ create table multihome.fault (
     first_seen timestamptz not null,
     last_seen timestamptz not null,
     occurrences bigint not null default 1,
+    -- How often without two seconds of peace.
+    burst integer not null default 1,
     primary key (node, subscription_oid, sqlstate)
 );
 comment on table multihome.fault is 'What multihome.faults shows, of this and, after an initial copy, of other nodes.';
@@ -438,6 +440,9 @@ declare
     change jsonb;
     way jsonb := '[]';
     redacted boolean;
+    burst integer;
+    -- What comes again is of no news to whoever resolved it.
+    over boolean;
     entry multihome.log;
     known multihome.log;
 begin
@@ -458,9 +463,12 @@ begin
                 set message = excluded.message, subscription = excluded.subscription, last_seen = excluded.last_seen,
                     -- After a minute of peace it is another trouble.
                     first_seen = case when f.last_seen < excluded.last_seen - interval '1 minute' then excluded.last_seen else f.first_seen end,
-                    occurrences = case when f.last_seen < excluded.last_seen - interval '1 minute' then 1 else f.occurrences + 1 end;
-        -- The worker before this one had not let go of its origin or slot yet: no reason to wait for the next turn.
-        if entry.sqlstate = '55006' or event ->> 'message' ~ 'is active for PID' then
+                    occurrences = case when f.last_seen < excluded.last_seen - interval '1 minute' then 1 else f.occurrences + 1 end,
+                    burst = case when f.last_seen < excluded.last_seen - interval '2 s' then 1 else f.burst + 1 end
+          returning f.burst into burst;
+        -- The worker before this one had not let go of its origin or slot yet: no reason to wait for the next turn. Unless it is
+        -- another that does not let go: then core's own pace is right.
+        if burst <= 10 and (entry.sqlstate = '55006' or event ->> 'message' ~ 'is active for PID') then
             perform multihome.restart(entry.subscription_oid);
         end if;
         return 0;
