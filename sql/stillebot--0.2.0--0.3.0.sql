@@ -931,8 +931,8 @@ begin
                 perform multihome.refuse_if_referenced(entry.relation, hit -> 'tuple');
             end if;
             gone := gone + coalesce(multihome.as_apply(entry.relation,
-                format('with gone as (delete from %s as t where t.tableoid = $1::oid and t.ctid = $2::tid returning 1) select count(*)::text from gone', entry.relation::regclass),
-                hit ->> 'tableoid', hit ->> 'ctid')::integer, 0);
+                format('with gone as (delete from %s as t where t.tableoid = ($1::jsonb ->> ''tableoid'')::oid and t.ctid = ($1::jsonb ->> ''ctid'')::tid and t.xmin::text = $1::jsonb ->> ''xid'' returning 1) select count(*)::text from gone', entry.relation::regclass),
+                hit::text)::integer, 0);
         end loop;
         -- A row in the way of two indexes is there twice, and goes once.
         if gone <> (select count(distinct (r -> 'tableoid', r -> 'ctid')) from jsonb_array_elements(way) as r) then
@@ -1014,7 +1014,7 @@ declare
 begin
     for hit in select distinct on (r -> 'tableoid', r -> 'ctid') r from jsonb_array_elements(multihome.present_way(entry)) as r loop
         changed := multihome.as_apply(entry.relation, (
-            select format('with t as (update %s as t set %s from jsonb_populate_record(null::%s, $1::jsonb) as a where t.tableoid = ($2::jsonb ->> ''tableoid'')::oid and t.ctid = ($2::jsonb ->> ''ctid'')::tid returning 1) select count(*)::text from t',
+            select format('with t as (update %s as t set %s from jsonb_populate_record(null::%s, $1::jsonb) as a where t.tableoid = ($2::jsonb ->> ''tableoid'')::oid and t.ctid = ($2::jsonb ->> ''ctid'')::tid and t.xmin::text = $2::jsonb ->> ''xid'' returning 1) select count(*)::text from t',
                           entry.relation::regclass, string_agg(format('%1$I = a.%1$I', key), ', '), entry.relation::regclass)
               from jsonb_object_keys(assignments) as key), assignments::text, hit::text);
         if changed is distinct from '1' then
