@@ -509,6 +509,10 @@ begin
         entry.relation := to_regclass(quote_ident(entry.schemaname) || '.' || quote_ident(entry.relname));
     end if;
     redacted := redacting and multihome.is_redacted(entry.schemaname, entry.relname);
+    -- The log of the peer, which comes to a subscription without origin = none, and is removed here: nobody's data.
+    if kind = 'silent' and entry.schemaname = 'multihome' and entry.relname in ('log', 'fault') then
+        return 0;
+    end if;
 
     entry.conflict_type := 'apply_error';
     begin
