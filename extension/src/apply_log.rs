@@ -30,7 +30,10 @@ unsafe extern "C-unwind" fn emit_log(report: *mut pg_sys::ErrorData) {
     unsafe {
         if compat::IsLogicalWorker() {
             // Nothing here can panic; if it does nevertheless, the report goes on its way without us.
-            let _ = catch_unwind(AssertUnwindSafe(|| note(&mut *report)));
+            let _ = catch_unwind(AssertUnwindSafe(|| {
+                note(&*report);
+                keep_out_of_the_log(&mut *report);
+            }));
         }
         if let Some(previous) = PREVIOUS_EMIT_LOG {
             previous(report);
@@ -38,8 +41,8 @@ unsafe extern "C-unwind" fn emit_log(report: *mut pg_sys::ErrorData) {
     }
 }
 
-fn note(report: &mut pg_sys::ErrorData) {
-    let Some(kind) = kind(report) else { return keep_out_of_the_log(report) };
+fn note(report: &pg_sys::ErrorData) {
+    let Some(kind) = kind(report) else { return };
     // SAFETY: a backend-local value.
     let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
     let Some((subscription, copied)) = compat::my_subscription().filter(|_| database != 0) else { return };
@@ -84,7 +87,6 @@ fn note(report: &mut pg_sys::ErrorData) {
     let mut head = [0; HEAD];
     queue.ring().push(&event.parts(&mut head));
     queue.call();
-    keep_out_of_the_log(report);
 }
 
 /// Rows that were not found: core's own words, which no translation changes. There are two of each, the second for
