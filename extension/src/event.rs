@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::pgoutput::{self, Column, Message, OldTuple, Relation, write_string, write_tuple};
+use crate::pgoutput::{self, Message, OldTuple, Relation, write_string, write_tuple};
 
 /// What happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -271,8 +271,7 @@ fn one(relations: &BTreeMap<u32, Relation>, number: u32, message: &Message) -> V
             let mut text = Vec::new();
             write_tuple(relation, tuple, only_key, &mut text);
             json.raw(name, &text);
-            let binary = |column| matches!(column, Column::Binary(_));
-            if !only_key && (!tuple.is_complete() || tuple.columns().any(binary)) {
+            if !only_key && (!tuple.is_complete() || pgoutput::has_lost(relation, tuple)) {
                 json.raw("incomplete", b"true");
             }
         }

@@ -578,9 +578,9 @@ const JSONB: u32 = 3802;
 /// Writes the tuple as a JSON object in the database's encoding, one member per column; `only_key`: of the replica
 /// identity only.
 ///
-/// Text is a string, but for columns of type json and jsonb, whose value is embedded as it came. A value that was cut
-/// is `{"cut": 100000, "begin": "its first .."}`, a binary one `{"binary": "00ff"}`. What was not sent is left out, and
-/// so is what has no counterpart if relation and tuple do not have the same number of columns.
+/// Text is a string, but for columns of type json and jsonb, whose value is embedded as it came. A value that was cut is
+/// `{"cut": 100000, "begin": "its first .."}`, as is JSON with a NUL character in it, a binary one `{"binary": "00ff"}`. What
+/// was not sent is left out, and so is what has no counterpart if relation and tuple do not have the same number of columns.
 pub fn write_tuple(relation: &Relation, tuple: &Tuple, only_key: bool, out: &mut Vec<u8>) {
     out.push(b'{');
     let mut separator: &[u8] = b"";
@@ -594,6 +594,7 @@ pub fn write_tuple(relation: &Relation, tuple: &Tuple, only_key: bool, out: &mut
         out.extend_from_slice(b": ");
         match value {
             Column::Null | Column::Unchanged => out.extend_from_slice(b"null"),
+            Column::Text(json) if has_nul(&column, json) => cut(json.len(), json, out),
             Column::Text(json) if matches!(column.type_oid, JSON | JSONB) => out.extend_from_slice(json),
             Column::Text(text) => write_string(text, out),
             Column::Binary(bytes) => {
@@ -601,15 +602,32 @@ pub fn write_tuple(relation: &Relation, tuple: &Tuple, only_key: bool, out: &mut
                 bytes.iter().for_each(|&byte| write_hex(byte, out));
                 out.extend_from_slice(b"\"}");
             }
-            Column::Cut { whole, kept } => {
-                out.extend_from_slice(b"{\"cut\": ");
-                out.extend_from_slice(whole.to_string().as_bytes());
-                out.extend_from_slice(b", \"begin\": ");
-                write_string(kept, out);
-                out.push(b'}');
-            }
+            Column::Cut { whole, kept } => cut(whole as usize, kept, out),
         }
     }
+    out.push(b'}');
+}
+
+/// Whether [`write_tuple`] writes some value of the tuple as one that is not whole, although all of it is there.
+pub fn has_lost(relation: &Relation, tuple: &Tuple) -> bool {
+    relation.columns().zip(tuple.columns()).any(|(column, value)| match value {
+        Column::Binary(_) => true,
+        Column::Text(json) => has_nul(&column, json),
+        _ => false,
+    })
+}
+
+/// Whether a value is JSON that type json takes and jsonb, as which it is kept, does not. The escape of a backslash before
+/// `u0000` is taken for it too.
+fn has_nul(column: &Attribute, json: &[u8]) -> bool {
+    column.type_oid == JSON && json.windows(6).any(|part| part == br"\u0000")
+}
+
+fn cut(whole: usize, kept: &[u8], out: &mut Vec<u8>) {
+    out.extend_from_slice(b"{\"cut\": ");
+    out.extend_from_slice(whole.to_string().as_bytes());
+    out.extend_from_slice(b", \"begin\": ");
+    write_string(kept, out);
     out.push(b'}');
 }
 
