@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
 use pgrx::pg_sys;
 
-use crate::compat;
+use crate::{compat, shmem};
 
 /// The local id of the transaction that stays here; 0 if none does.
 static LOCAL: AtomicU32 = AtomicU32::new(0);
@@ -61,7 +61,11 @@ pub fn finish() {
 
 unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _argument: *mut c_void) {
     use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
-    if matches!(event, XACT_EVENT_COMMIT | XACT_EVENT_ABORT | XACT_EVENT_PREPARE) && LOCAL.swap(0, Relaxed) != 0 {
+    if !matches!(event, XACT_EVENT_COMMIT | XACT_EVENT_ABORT | XACT_EVENT_PREPARE) {
+        return;
+    }
+    shmem::settle_exclusions(event == XACT_EVENT_COMMIT);
+    if LOCAL.swap(0, Relaxed) != 0 {
         // SAFETY: as in begin().
         unsafe {
             pg_sys::replorigin_session_origin = pg_sys::InvalidRepOriginId as pg_sys::RepOriginId;

@@ -6,6 +6,7 @@
 //! being reported. A server that starts finds zeros, that is, `Unknown` everywhere.
 
 use std::ptr::null_mut;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
 use pgrx::pg_sys;
@@ -86,7 +87,7 @@ pub struct Queue {
 /// A change of a remote transaction that the apply worker of a subscription shall not see.
 #[repr(C)]
 struct Exclusion {
-    /// 0 free, 1 being written, 2 in force.
+    /// 0 free, 1 until the end of the transaction that writes it, 2 in force.
     state: AtomicU32,
     subscription: AtomicU32,
     /// Its place in the transaction, counted from 1.
@@ -480,7 +481,20 @@ impl Queue {
     }
 }
 
-/// Has a change left out when it comes. False if there is no room to note it.
+/// What this process's transaction has excluded, as soon as it is committed.
+static PENDING: Mutex<Vec<&Exclusion>> = Mutex::new(Vec::new());
+
+/// Puts the exclusions of a transaction in force, or forgets them: it has ended.
+pub fn settle_exclusions(committed: bool) {
+    for place in PENDING.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).drain(..) {
+        place.state.store(if committed { 2 } else { 0 }, Ordering::Release);
+        if committed && let Some(common) = common() {
+            common.exclusions_made.fetch_add(1, Ordering::Release);
+        }
+    }
+}
+
+/// Has a change left out when it comes, from the commit of this transaction on. False if there is no room to note it.
 pub fn exclude(subscription: u32, lsn: u64, change: u32, fingerprint: u64) -> bool {
     let Some(common) = common() else { return false };
     if excluded(subscription, lsn).any(|known| known == (change, fingerprint)) {
@@ -497,8 +511,7 @@ pub fn exclude(subscription: u32, lsn: u64, change: u32, fingerprint: u64) -> bo
     place.change.store(change, Ordering::Relaxed);
     place.fingerprint.store(fingerprint, Ordering::Relaxed);
     place.lsn.store(lsn, Ordering::Relaxed);
-    place.state.store(2, Ordering::Release);
-    common.exclusions_made.fetch_add(1, Ordering::Release);
+    PENDING.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(place);
     true
 }
 
