@@ -248,6 +248,8 @@ pub struct Tap {
     /// Messages are coming, and we look at them.
     streaming: bool,
     subscription: u32,
+    /// This is the subscription's apply worker, not one that copies a table and may be further on than that.
+    applies: bool,
     queue: Option<&'static Queue>,
     /// Descriptions of the publisher's tables, which come once per connection: relation messages.
     relations: Vec<(u32, Vec<u8>)>,
@@ -273,6 +275,7 @@ impl Tap {
         Tap {
             streaming: false,
             subscription: 0,
+            applies: false,
             queue: None,
             relations: Vec::new(),
             transaction: Transaction::new(),
@@ -290,7 +293,8 @@ impl Tap {
         // SAFETY: a backend-local value, set before the worker connects to its publisher.
         let database = unsafe { pg_sys::MyDatabaseId };
         self.streaming = true;
-        self.subscription = compat::my_subscription().map_or(0, |(subscription, _)| subscription);
+        let (subscription, copied) = compat::my_subscription().unwrap_or_default();
+        (self.subscription, self.applies) = (subscription, copied == 0);
         self.queue = shmem::queue(database.to_u32(), true);
         if let Some(queue) = self.queue {
             queue.call();
@@ -478,7 +482,9 @@ impl Tap {
         self.unmade.clear();
         self.excluded.clear();
         self.excluded.extend(shmem::excluded(self.subscription, lsn));
-        shmem::forget_excluded_before(self.subscription, lsn);
+        if self.applies {
+            shmem::forget_excluded_before(self.subscription, lsn);
+        }
     }
 
     fn end_transaction(&mut self) {
