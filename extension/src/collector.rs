@@ -28,6 +28,8 @@ const UPKEEP: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(500);
 /// Events that are recorded in one transaction.
 const BATCH: usize = 100;
+/// How long a statement may take.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(20);
 const RECORD: &str = "select multihome.record($1::jsonb)";
 
 /// Whether this process is a collector. Set before it connects, because its database may be down.
@@ -80,7 +82,9 @@ pub extern "C-unwind" fn stillebot_launcher_main(_argument: pg_sys::Datum) {
             }
         }
         if !BackgroundWorker::wait_latch(Some(LOOK)) {
-            return;
+            // Told to end, by the postmaster or by mistake: as core's launcher, with a code that has it started again.
+            // SAFETY: ends this process in order; no frame holds anything that must be dropped.
+            unsafe { pg_sys::proc_exit(1) };
         }
     }
 }
@@ -90,7 +94,9 @@ pub extern "C-unwind" fn stillebot_launcher_main(_argument: pg_sys::Datum) {
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn stillebot_collector_main(database: pg_sys::Datum) {
     THIS_PROCESS.store(true, Relaxed);
-    BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP | SignalWakeFlags::SIGTERM);
+    BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP);
+    compat::on_signal(libc::SIGTERM, end);
+    compat::on_signal(libc::SIGINT, cancel);
     let database = pg_sys::Oid::from(database.value() as u32);
     let Some(queue) = shmem::queue(database.to_u32(), false) else { return };
     // SAFETY: the callback is a plain function; it runs when this process ends, however it does.
@@ -98,14 +104,20 @@ pub extern "C-unwind" fn stillebot_collector_main(database: pg_sys::Datum) {
     if !queue.collect() {
         return;
     }
+    // If that fails, the database was dropped or lets nobody in, and no other collector would fare better: then not until
+    // something happens there again.
+    queue.dismiss();
     BackgroundWorker::connect_worker_to_spi_by_oid(Some(database), None);
+    queue.want();
     // SAFETY: settings of this process, set as any session may. The log must not wait for a table that somebody has locked,
-    // nor be lost with the newest commits. Plans are made once, when the log may be empty, and must do when it is long.
+    // nor be lost with the newest commits, and writes values in the same way on all nodes. Plans are made once, when the log may be empty, and must do when it is long.
     unsafe {
         for (name, value) in [
             (c"lock_timeout", c"1s"),
-            (c"statement_timeout", c"20s"),
             (c"search_path", c"pg_catalog"),
+            (c"timezone", c"UTC"),
+            (c"intervalstyle", c"postgres"),
+            (c"bytea_output", c"hex"),
             (c"enable_seqscan", c"off"),
             (c"jit", c"off"),
         ] {
@@ -243,39 +255,81 @@ fn run(query: &str, texts: &[Vec<u8>]) -> Option<i64> {
         local::begin();
         pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
     }
+    OVERDUE.store(false, Relaxed);
+    RUNNING.store(true, Relaxed);
+    compat::cancel_after(STATEMENT_TIMEOUT);
     let result = PgTryBuilder::new(|| {
-        // SAFETY: a transaction is in progress.
-        if unsafe { pg_sys::get_extension_oid(c"stillebot".as_ptr(), true) } == pg_sys::InvalidOid {
-            return Ok(None);
+        let value = last_number(query, texts);
+        // SAFETY: ends what was begun above. That may fail as well: the queue of notifications may be full.
+        unsafe {
+            pg_sys::PopActiveSnapshot();
+            pg_sys::CommitTransactionCommand();
         }
-        if texts.is_empty() {
-            return Ok(conflicts::one_bigint(query, &[]));
-        }
-        let mut last = None;
-        for text in texts {
-            let text = compat::valid_in_server_encoding(text.clone());
-            last = conflicts::one_bigint(query, &[Some(&text)]);
-        }
-        Ok(last)
+        Ok(value)
     })
     .catch_others(|error| Err(describe(&error)))
     .execute();
+    RUNNING.store(false, Relaxed);
+    compat::cancel_no_more();
     match result {
         Ok(value) => {
-            // SAFETY: ends what was begun above.
-            unsafe {
-                pg_sys::PopActiveSnapshot();
-                pg_sys::CommitTransactionCommand();
-                pg_sys::pgstat_report_stat(true);
-            }
+            // SAFETY: between transactions.
+            unsafe { pg_sys::pgstat_report_stat(true) };
             value
         }
         Err(message) => {
             // SAFETY: the error has been taken from PostgreSQL; this undoes everything since StartTransactionCommand().
             unsafe { pg_sys::AbortCurrentTransaction() };
-            pgrx::warning!("stillebot could not write its log of conflicts: {message}");
+            if !is_ending() {
+                pgrx::warning!("stillebot could not write its log of conflicts: {message}");
+            }
             None
         }
+    }
+}
+
+/// The part of [`run`] that runs in its transaction.
+fn last_number(query: &str, texts: &[Vec<u8>]) -> Option<i64> {
+    // SAFETY: a transaction is in progress.
+    if unsafe { pg_sys::get_extension_oid(c"stillebot".as_ptr(), true) } == pg_sys::InvalidOid {
+        return None;
+    }
+    if texts.is_empty() {
+        return conflicts::one_bigint(query, &[]);
+    }
+    let mut last = None;
+    for text in texts {
+        let text = compat::valid_in_server_encoding(text.clone());
+        last = conflicts::one_bigint(query, &[Some(&text)]);
+    }
+    last
+}
+
+/// Whether there is something to cancel.
+static RUNNING: AtomicBool = AtomicBool::new(false);
+/// Whether what is running took too long already, and was cancelled in vain: functions of users may catch that.
+static OVERDUE: AtomicBool = AtomicBool::new(false);
+
+/// SIGTERM: what is running ends, and then this process. pgrx's own handler would let the shutdown of the server wait for
+/// a user's function, which the rows of a conflict may call, for as long as that takes.
+unsafe extern "C-unwind" fn end(signal: i32) {
+    // SAFETY: plain stores, and functions that are made for signal handlers.
+    unsafe {
+        (&raw mut pg_sys::ShutdownRequestPending).write_volatile(1);
+        match (RUNNING.load(Relaxed), OVERDUE.load(Relaxed)) {
+            (true, true) => compat::die(signal),
+            (true, false) => compat::StatementCancelHandler(signal),
+            (false, _) => compat::SetLatch(pg_sys::MyLatch),
+        }
+    }
+}
+
+/// SIGINT: from the timeout, or from somebody who wants that one statement to end.
+unsafe extern "C-unwind" fn cancel(signal: i32) {
+    if RUNNING.load(Relaxed) {
+        OVERDUE.store(true, Relaxed);
+        // SAFETY: as above.
+        unsafe { if is_ending() { compat::die(signal) } else { compat::StatementCancelHandler(signal) } }
     }
 }
 

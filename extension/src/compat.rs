@@ -37,6 +37,10 @@ unsafe extern "C-unwind" {
     pub fn GetTopTransactionIdIfAny() -> pg_sys::TransactionId;
     pub fn IsTransactionState() -> bool;
     pub fn IsLogicalWorker() -> bool;
+    pub fn die(signal: c_int);
+    pub fn StatementCancelHandler(signal: c_int);
+    fn enable_timeout_after(timeout: c_int, milliseconds: c_int);
+    fn disable_timeout(timeout: c_int, keep_indicator: bool);
     pub fn SetLatch(latch: *mut pg_sys::Latch);
     pub fn GetCurrentTimestamp() -> pg_sys::TimestampTz;
     fn ApplyLauncherForgetWorkerStartTime(subscription: pg_sys::Oid);
@@ -249,6 +253,36 @@ pub fn restart_apply(subscription: pg_sys::Oid) {
             ApplyLauncherForgetWorkerStartTime(subscription);
             ApplyLauncherWakeupAtCommit();
         });
+    }
+}
+
+/// Of enum TimeoutId, the same in all versions: STATEMENT_TIMEOUT. Every process with a database has a handler for it, but only
+/// sessions arm it by themselves.
+const STATEMENT_TIMEOUT: c_int = 3;
+
+/// Has this process sent SIGINT after a while.
+pub fn cancel_after(time: std::time::Duration) {
+    // SAFETY: raises only for a timeout without a handler.
+    unsafe { enable_timeout_after(STATEMENT_TIMEOUT, time.as_millis() as c_int) };
+}
+
+/// Takes [`cancel_after`] back, and what came too late to cancel anything.
+pub fn cancel_no_more() {
+    // SAFETY: as above; a flag that a signal handler sets.
+    unsafe {
+        disable_timeout(STATEMENT_TIMEOUT, false);
+        (&raw mut pg_sys::QueryCancelPending).write_volatile(0);
+    }
+}
+
+/// What this process does when it gets a signal.
+pub fn on_signal(signal: c_int, handler: unsafe extern "C-unwind" fn(c_int)) {
+    // SAFETY: the handler does what handlers may.
+    unsafe {
+        #[cfg(any(feature = "pg16", feature = "pg17"))]
+        pg_sys::pqsignal(signal, Some(handler));
+        #[cfg(feature = "pg18")]
+        pg_sys::pqsignal_be(signal, Some(handler));
     }
 }
 

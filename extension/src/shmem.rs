@@ -475,6 +475,11 @@ impl Queue {
         Some(self.collector.load(Ordering::Acquire)).filter(|pid| *pid != 0)
     }
 
+    /// Says that a collector is needed.
+    pub fn want(&self) {
+        self.wanted.store(1, Ordering::Release);
+    }
+
     /// Says that no collector is needed until the next [`Queue::call`].
     pub fn dismiss(&self) {
         self.wanted.store(0, Ordering::Release);
