@@ -880,6 +880,7 @@ declare
     reason text := '';
     hit jsonb;
     gone integer := 0;
+    later multihome.log;
     advice text;
 begin
     if keep is null or keep not in ('local', 'remote', 'newest') then
@@ -889,6 +890,20 @@ begin
     change := multihome.raw_change(entry);
 
     if entry.conflict_type = 'update_missing' then
+        -- The publisher went on from there: what it has now is in the last of them, or nowhere.
+        select * into later
+          from multihome.log l
+         where l.node = entry.node and l.subscription_oid = entry.subscription_oid and l.relation = entry.relation and l.id <> entry.id
+           and l.conflict_type in ('update_missing', 'delete_missing')
+           and (l.remote_commit_lsn, l.change_number) > (entry.remote_commit_lsn, entry.change_number)
+           and l.replica_identity in (entry.replica_identity, (select jsonb_object_agg(name, entry.remote_tuple -> name) from unnest(multihome.key_columns(entry.relation)) as name))
+         order by l.remote_commit_lsn desc, l.change_number desc
+         limit 1;
+        if later.status = 'open' or later.id is not null and kept <> 'local' then
+            raise object_not_in_prerequisite_state using message = format('the row of conflict %s was changed again on the other node', conflict_id),
+                detail = format('The last that is known of it is in conflict %s, %s, which is %s.', later.id, later.conflict_type, later.status),
+                hint = case later.status when 'open' then 'Settle that one; this one goes with it.' else 'Keep local; compare the row on both nodes.' end;
+        end if;
         if kept = 'newest' then
             raise object_not_in_prerequisite_state using message = 'when the local row was deleted is not known, so neither is which is newer',
                 hint = 'Say local (it stays deleted) or remote (it comes back).';
@@ -901,12 +916,17 @@ begin
             perform multihome.insert_row(entry.relation, change -> 'tuple');
             advice := 'on the other node the row is gone too, if the DELETE made here has come there: then update it here once more, and keep remote there';
         else
-            advice := 'on the other node, delete the row that this node does not have';
+            advice := case when later.id is null then 'on the other node, delete the row that this node does not have' else 'nothing to do on the other node' end;
         end if;
         update multihome.log as l
            set status = 'resolved', blocking = false, answer = kept, resolved_by = session_user, resolved_at = clock_timestamp(),
                resolution = case kept when 'remote' then 'kept remote: row inserted' else 'kept local: the row stays deleted' end
          where l.node = entry.node and l.id = entry.id;
+        update multihome.log as l
+           set status = 'resolved', resolution = format('settled with conflict %s, of the same row', conflict_id), resolved_by = session_user, resolved_at = clock_timestamp()
+         where l.node = entry.node and l.subscription_oid = entry.subscription_oid and l.relation = entry.relation and l.status = 'open'
+           and l.conflict_type = 'update_missing' and l.replica_identity = entry.replica_identity
+           and (l.remote_commit_lsn, l.change_number) < (entry.remote_commit_lsn, entry.change_number);
         perform multihome.end_local();
         return format('%s; %s', case kept when 'remote' then 'the incoming row was inserted here' else 'the row stays deleted here' end, advice);
     elsif entry.conflict_type not in ('insert_exists', 'update_exists', 'multiple_unique_conflicts') then
