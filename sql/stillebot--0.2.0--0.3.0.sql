@@ -452,8 +452,8 @@ begin
     entry.sqlstate := event ->> 'sqlstate';
     entry.remote_commit_lsn := (event ->> 'remote_commit_lsn')::pg_lsn;
     if entry.remote_commit_lsn is null and not event ? 'copied' then
-        -- A parallel worker, which the tap does not see; core says it at the end. The context of a copy has data in it.
-        entry.remote_commit_lsn := substring(event ->> 'context' from '.*\m([0-9A-F]{1,8}/[0-9A-F]{1,8})$')::pg_lsn;
+        -- A parallel worker, which the tap does not see; core says it at the end of a line. The context of a copy has data in it.
+        entry.remote_commit_lsn := substring(event ->> 'context' from '(?w).*\m([0-9A-F]{1,8}/[0-9A-F]{1,8})$')::pg_lsn;
     end if;
 
     if kind = 'error' and multihome.is_transient(entry.sqlstate) then
