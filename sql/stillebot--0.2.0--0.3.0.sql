@@ -382,6 +382,17 @@ return coalesce(exists (select from string_to_table(current_setting('stillebot.r
 revoke execute on function multihome.is_redacted(text, text) from public;
 comment on function multihome.is_redacted(text, text) is 'Whether only keys of a table go into the log: stillebot.redact.';
 
+create function multihome.only_key(change jsonb) returns jsonb
+language sql stable
+set search_path = pg_catalog, pg_temp
+-- What the publisher calls the key is all of the row with REPLICA IDENTITY FULL.
+return change - 'tuple' || jsonb_build_object('key', (
+    select jsonb_object_agg(name, change -> 'key' -> name)
+      from unnest(multihome.key_columns(to_regclass(quote_ident(change ->> 'schemaname') || '.' || quote_ident(change ->> 'relname')))) as name
+     where change -> 'key' ? name));
+revoke execute on function multihome.only_key(jsonb) from public;
+comment on function multihome.only_key(jsonb) is 'A change without what must not be known of a redacted table: all but its key on this node.';
+
 create function multihome.scrubbed(text text) returns text
 language sql immutable parallel safe
 set search_path = pg_catalog, pg_temp
@@ -476,7 +487,7 @@ begin
 
     entry.changes := event -> 'changes';
     if redacting then
-        select coalesce(jsonb_agg(case when multihome.is_redacted(c ->> 'schemaname', c ->> 'relname') then c - 'tuple' else c end order by place), '[]')
+        select coalesce(jsonb_agg(case when multihome.is_redacted(c ->> 'schemaname', c ->> 'relname') then multihome.only_key(c) else c end order by place), '[]')
           into entry.changes
           from jsonb_array_elements(event -> 'changes') with ordinality as t (c, place);
     end if;
@@ -551,7 +562,7 @@ begin
     entry.remote_origin := 'pg_' || entry.subscription_oid;
     entry.remote_xid := (event ->> 'remote_xid')::xid;
     entry.remote_commit_ts := (event ->> 'remote_commit_ts')::timestamptz;
-    entry.replica_identity := multihome.typed(entry.relation, change -> 'key');
+    entry.replica_identity := multihome.typed(entry.relation, case when redacted then multihome.only_key(change) else change end -> 'key');
     entry.remote_tuple := case when not redacted then multihome.typed(entry.relation, change -> 'tuple') end;
     entry.local_conflicts := case when way = '[]' then way else multihome.without_places(way, true) end;
     entry.message := multihome.scrubbed(event ->> 'message');
