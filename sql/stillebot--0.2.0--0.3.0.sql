@@ -452,8 +452,6 @@ declare
     way jsonb := '[]';
     redacted boolean;
     burst integer;
-    -- What comes again is of no news to whoever resolved it.
-    over boolean;
     entry multihome.log;
     known multihome.log;
 begin
@@ -1078,7 +1076,9 @@ begin
     select * into entry from multihome.log l where l.node = multihome.node_id() and l.id = conflict_id;
     if not found then
         raise exception using errcode = '02000', message = format('there is no conflict %s', coalesce(conflict_id::text, 'null'));
-    elsif key is distinct from entry.replica_identity and not exists (select from jsonb_array_elements(entry.local_conflicts) as r where r -> 'key' = key) then
+    elsif key is distinct from entry.replica_identity and not exists (select from jsonb_array_elements(entry.local_conflicts) as r where r -> 'key' = key)
+          -- Where an update moves the row to.
+          and key is distinct from (select jsonb_object_agg(name, entry.remote_tuple -> name) from unnest(multihome.key_columns(entry.relation)) as name) then
         raise insufficient_privilege using message = format('the row %s takes no part in conflict %s', key, conflict_id);
     end if;
     return entry;
