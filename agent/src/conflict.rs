@@ -143,11 +143,32 @@ impl Conflict {
         self.conflict_type == "update_missing"
     }
 
+    /// What `stillebot_resolve` kept here, `local` or `remote`, if no agent has compared the nodes since and said who won.
+    pub fn kept(&self) -> Option<&str> {
+        let kept = self.resolution.as_deref().filter(|_| self.status == "resolved")?.strip_prefix("kept ")?;
+        ["local", "remote"].into_iter().find(|word| kept.starts_with(word))
+    }
+
+    /// Key of the incoming row as it is to be: an update may move it.
+    pub fn remote_key(&self) -> Value {
+        let columns = self.replica_identity.as_object().into_iter().flatten();
+        let moved = columns.map(|(column, _)| Some((column.clone(), self.remote_tuple.get(column)?.clone())));
+        match moved.collect::<Option<serde_json::Map<_, _>>>() {
+            Some(key) if !key.is_empty() => Value::Object(key),
+            _ => self.replica_identity.clone(),
+        }
+    }
+
     /// The keys of all rows that take part.
-    pub fn keys(&self) -> impl Iterator<Item = &Value> {
-        std::iter::once(&self.replica_identity)
-            .chain(self.local_conflicts.iter().map(|local| &local.key))
-            .filter(|key| key.is_object())
+    pub fn keys(&self) -> Vec<Value> {
+        let mut keys = Vec::new();
+        let local = self.local_conflicts.iter().map(|local| local.key.clone());
+        for key in [self.replica_identity.clone(), self.remote_key()].into_iter().chain(local) {
+            if key.is_object() && !keys.contains(&key) {
+                keys.push(key);
+            }
+        }
+        keys
     }
 }
 
@@ -194,7 +215,7 @@ pub async fn by_id(session: &Session, config: &Config, id: i64) -> Result<Option
     Ok(conflicts(session, config, sql::CONFLICT, &[&id]).await?.pop())
 }
 
-/// The open conflicts of a table in which a row with one of these keys takes part.
+/// The conflicts of a table in which a row with one of these keys takes part: the open ones, and those of [`Conflict::kept`].
 pub async fn related(
     session: &Session,
     config: &Config,
@@ -243,10 +264,17 @@ mod tests {
         assert_eq!(conflict.peer.as_deref(), Some("b"));
         assert_eq!(conflict.local_conflicts[0].from, "a");
         assert_eq!(conflict.local_conflicts[1].from, "c");
-        assert_eq!(conflict.keys().count(), 3);
+        assert_eq!(conflict.keys(), [json!({"id": 1}), json!({"id": 2})]);
         assert!(conflict.is_clash() && conflict.is_open() && conflict.blocking);
         // Rows pass through the agent to another node, so not a digit may get lost.
         assert!(conflict.remote_tuple.to_string().contains("12345678901234567890.123456789"));
+
+        let moved = r#"{"id": 9, "subscription": "multihome_b", "status": "resolved", "resolution": "kept local: left out",
+            "replica_identity": {"id": 1}, "remote_tuple": {"id": 5, "n": 1}}"#;
+        let conflict = Conflict::read(&config, "a", moved).unwrap();
+        assert_eq!((conflict.remote_key(), conflict.kept()), (json!({"id": 5}), Some("local")));
+        let settled = Conflict { resolution: Some("winner a; kept local: left out".into()), ..conflict };
+        assert_eq!(settled.kept(), None);
 
         let empty = r#"{"id": 8, "subscription": "x", "local_conflicts": null, "blocking": null}"#;
         let conflict = Conflict::read(&config, "a", empty).unwrap();

@@ -117,7 +117,7 @@ pub fn is_related(one: &Conflict, other: &Conflict) -> bool {
         && other.is_clash()
         && one.relname.is_some()
         && (&one.schemaname, &one.relname) == (&other.schemaname, &other.relname)
-        && one.keys().any(|key| other.keys().any(|its| its == key))
+        && one.keys().iter().any(|key| other.keys().contains(key))
 }
 
 /// The conflict, as it is among the candidates if it is there, and all candidates that belong to it, directly or through
@@ -153,8 +153,8 @@ pub fn counterpart<'a>(conflict: &Conflict, candidates: &'a [Conflict]) -> Optio
 pub fn keys(group: &[Conflict]) -> Vec<Value> {
     let mut keys: Vec<Value> = Vec::new();
     for key in group.iter().flat_map(Conflict::keys) {
-        if !keys.contains(key) {
-            keys.push(key.clone());
+        if !keys.contains(&key) {
+            keys.push(key);
         }
     }
     keys.sort_by_key(Value::to_string);
@@ -187,7 +187,7 @@ fn incoming(conflict: &Conflict) -> Result<Version, String> {
     let origin = conflict.peer.clone().ok_or_else(|| {
         format!("subscription {} on {} leads to no node of the configuration", conflict.subscription, conflict.node)
     })?;
-    let (key, tuple) = (conflict.replica_identity.clone(), conflict.remote_tuple.clone());
+    let (key, tuple) = (conflict.remote_key(), conflict.remote_tuple.clone());
     Ok(Version { origin, key, tuple, commit_ts: conflict.remote_commit_ts.clone() })
 }
 
@@ -387,8 +387,8 @@ pub enum Step {
     Skip { node: String, id: i64 },
     /// Waits until these conflicts hold up nothing any more.
     WaitApplied { conflicts: Vec<(String, i64)> },
-    /// Changes rows, each a key with its assignments, in one transaction that replicates. No assignments: as it is.
-    Assign { node: String, id: i64, rows: Vec<(Value, Value)> },
+    /// Changes rows, each a conflict of it, its key and assignments, in one transaction that replicates. No assignments: as it is.
+    Assign { node: String, rows: Vec<(i64, Value, Value)> },
     /// Deletes a row; this replicates.
     Remove { node: String, id: i64, key: Value },
     /// Writes a row as it is on another node, on this node only.
@@ -436,7 +436,7 @@ impl fmt::Display for Step {
             Self::Assign { node, rows, .. } => {
                 let rows: Vec<String> = rows
                     .iter()
-                    .map(|(key, assignments)| match assignments.as_object() {
+                    .map(|(_, key, assignments)| match assignments.as_object() {
                         Some(columns) if columns.is_empty() => format!("rewrite {key}"),
                         _ => format!("set {assignments} in {key}"),
                     })
@@ -451,6 +451,13 @@ impl fmt::Display for Step {
     }
 }
 
+/// Which side of a conflict is the winner's.
+pub fn side(winner: &Version, conflict: &Conflict) -> Keep {
+    // Several rows of one node can take part, so it is the node that wins; unless the winner is just what is here.
+    let is_here = here(conflict).iter().any(|row| row.origin == winner.origin && row.key == winner.key);
+    if conflict.peer.as_ref() == Some(&winner.origin) && !is_here { Keep::Remote } else { Keep::Local }
+}
+
 /// What is done about one conflict of the quarrel, on its own node; none if nothing is left to do there.
 pub fn answer(course: &Course, conflict: &Conflict) -> Option<Step> {
     let (node, id) = (conflict.node.clone(), conflict.id);
@@ -459,10 +466,7 @@ pub fn answer(course: &Course, conflict: &Conflict) -> Option<Step> {
     }
     match course {
         Course::Keep(winner) if conflict.is_missing() || (conflict.is_clash() && conflict.blocking) => {
-            // Several rows of one node can take part, so it is the node that wins; unless the winner is just what is here.
-            let is_here = here(conflict).iter().any(|row| row.origin == winner.origin && row.key == winner.key);
-            let comes_in = conflict.peer.as_ref() == Some(&winner.origin) && !is_here;
-            Some(Step::Resolve { node, id, keep: if comes_in { Keep::Remote } else { Keep::Local } })
+            Some(Step::Resolve { node, id, keep: side(winner, conflict) })
         }
         Course::Deactivate { flag, .. } if conflict.is_clash() && conflict.blocking => {
             Some(Step::MakeRoom { node, id, assignments: json!({flag: false}) })
@@ -487,6 +491,22 @@ pub fn plan(course: &Course, group: &[Conflict]) -> Vec<Step> {
 
 /// Rows as one node has them, by their key as text.
 pub type Rows = BTreeMap<String, Row>;
+
+/// By node, and key as text: a conflict of that row on that node, which is what gives the agent the right to see and to touch
+/// the row there.
+pub type Handles = BTreeMap<String, BTreeMap<String, i64>>;
+
+/// What can be seen and touched by way of these conflicts; of several of one row the first.
+pub fn handles(conflicts: &[Conflict]) -> Handles {
+    let mut handles = Handles::new();
+    for conflict in conflicts {
+        let of_node = handles.entry(conflict.node.clone()).or_default();
+        for key in conflict.keys() {
+            of_node.entry(key.to_string()).or_insert(conflict.id);
+        }
+    }
+    handles
+}
 
 /// A row as a node has it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -519,11 +539,15 @@ pub fn crown<'a>(flag: &str, by: &str, group: &[Conflict], rows: &'a Rows) -> Re
 }
 
 /// The one transaction that gives the flag to the winner: all others lose it first, for only one row may have it at any time.
-pub fn coronation(node: &str, id: i64, flag: &str, rows: &Rows, winner: Option<&Row>) -> Step {
+/// `ids`: a conflict of each row.
+pub fn coronation(node: &str, ids: &BTreeMap<String, i64>, flag: &str, rows: &Rows, winner: Option<&Row>) -> Step {
     let others = rows.values().filter(|row| winner.is_none_or(|winner| winner.key != row.key));
-    let mut assignments: Vec<(Value, Value)> = others.map(|row| (row.key.clone(), json!({flag: false}))).collect();
-    assignments.extend(winner.map(|winner| (winner.key.clone(), json!({flag: true}))));
-    Step::Assign { node: node.to_owned(), id, rows: assignments }
+    let changes = others.map(|row| (row, false)).chain(winner.map(|winner| (winner, true)));
+    let rows = changes.filter_map(|(row, set)| {
+        let id = ids.get(&row.key.to_string())?;
+        Some((*id, row.key.clone(), json!({flag: set})))
+    });
+    Step::Assign { node: node.to_owned(), rows: rows.collect() }
 }
 
 /// Whether the flag is where it belongs in these rows.
@@ -534,70 +558,171 @@ pub fn is_crowned(flag: &str, rows: &Rows, winner: Option<&Row>) -> bool {
     })
 }
 
-/// Whether all nodes have the same rows.
-pub fn are_alike(nodes: &BTreeMap<String, Rows>) -> bool {
-    let mut all = nodes.values();
-    all.next().is_none_or(|first| all.all(|rows| rows == first))
+/// Whether all nodes have the same rows, as far as they can be seen.
+pub fn are_alike(nodes: &BTreeMap<String, Rows>, handles: &Handles) -> bool {
+    all_keys(handles).into_iter().all(|key| {
+        let mut all = seeing(nodes, handles, key).map(|(_, rows, _)| rows.get(key));
+        all.next().is_none_or(|first| all.all(|row| row == first))
+    })
+}
+
+fn all_keys(handles: &Handles) -> BTreeSet<&str> {
+    handles.values().flat_map(BTreeMap::keys).map(String::as_str).collect()
+}
+
+/// The nodes on which that row can be seen, with their rows and a conflict of it.
+fn seeing<'a>(
+    nodes: &'a BTreeMap<String, Rows>,
+    handles: &'a Handles,
+    key: &'a str,
+) -> impl Iterator<Item = (&'a str, &'a Rows, i64)> {
+    handles.iter().filter_map(move |(node, keys)| Some((node.as_str(), nodes.get(node)?, *keys.get(key)?)))
 }
 
 /// The node whose rows are right. That is the winner's; should it have lost the winning row meanwhile, which an update of a
-/// missing row that was let in comes to, a node that has it.
+/// missing row that was let in comes to, or not be seen, a node that has it.
 pub fn authority<'a>(winner: &Version, nodes: &'a BTreeMap<String, Rows>) -> Option<&'a str> {
     let key = winner.key.to_string();
     let origin = nodes.get_key_value(&winner.origin);
     let by_row = || nodes.iter().find(|(_, rows)| rows.contains_key(&key));
     let (name, _) = match origin {
         Some((_, rows)) if winner.tuple.is_null() || rows.contains_key(&key) => origin,
-        _ => by_row().or(origin),
+        _ => by_row().or(origin).or_else(|| nodes.first_key_value()),
     }?;
     Some(name)
 }
 
-/// What makes the other nodes' rows equal to those of `authority`. `ids` names a conflict of these rows on each of the nodes,
-/// which is what gives the agent the right to touch them. An error says what cannot be done and why.
+fn writable(sights: &[Sight], node: &str) -> bool {
+    sights.iter().any(|sight| sight.node == node && sight.up)
+}
+
+/// What makes the other nodes' rows equal to those of `authority`; a row that cannot be seen there is right on a node that has
+/// it. An error says what cannot be done and why.
 pub fn mend(
     authority: &str,
     nodes: &BTreeMap<String, Rows>,
-    ids: &BTreeMap<String, i64>,
+    handles: &Handles,
     sights: &[Sight],
 ) -> Result<Vec<Step>, String> {
-    let writable = |node: &str| sights.iter().any(|sight| sight.node == node && sight.up);
-    let id = |node: &str| ids.get(node).copied().ok_or_else(|| format!("{node} has no conflict of these rows"));
-    let right = nodes.get(authority).ok_or_else(|| format!("the rows of {authority} are not known"))?;
-    let (mut removals, mut rewritten, mut puts) = (Vec::new(), Vec::new(), Vec::new());
-    for (node, rows) in nodes.iter().filter(|(node, _)| *node != authority) {
-        for (key, row) in rows {
-            match right.get(key) {
-                Some(other) if other == row => {}
-                // Rewriting replicates in its place among all other changes; writing a copy does where that cannot be.
-                Some(other) if writable(authority) => {
-                    let change = (other.key.clone(), json!({}));
-                    if !rewritten.contains(&change) {
-                        rewritten.push(change);
+    let (mut removals, mut rewritten, mut puts) = (Vec::new(), BTreeMap::<&str, Vec<_>>::new(), Vec::new());
+    for key in all_keys(handles) {
+        let seeing: Vec<_> = seeing(nodes, handles, key).collect();
+        let right = seeing.iter().find(|(node, ..)| *node == authority);
+        let right = right.or_else(|| seeing.iter().find(|(_, rows, _)| rows.contains_key(key))).or(seeing.first());
+        let Some((best, rows, best_id)) = right else { continue };
+        let right = rows.get(key);
+        for (node, rows, id) in seeing.iter().filter(|(node, ..)| node != best) {
+            let (node, id) = ((*node).to_owned(), *id);
+            match (right, rows.get(key)) {
+                (right, row) if right == row => {}
+                // Rewriting replicates in its place among all other changes; writing a copy does where that cannot be. An
+                // update of a row that is not there does nothing.
+                (Some(right), Some(_)) if writable(sights, best) => {
+                    let changes = rewritten.entry(*best).or_default();
+                    let change = (*best_id, right.key.clone(), json!({}));
+                    if !changes.contains(&change) {
+                        changes.push(change);
                     }
                 }
-                Some(other) => {
-                    puts.push(Step::Put { node: node.clone(), id: id(node)?, tuple: other.tuple.clone() });
+                (Some(right), _) => puts.push(Step::Put { node, id, tuple: right.tuple.clone() }),
+                (None, Some(row)) if writable(sights, &node) => {
+                    removals.push(Step::Remove { node, id, key: row.key.clone() });
                 }
-                None if writable(node) => {
-                    removals.push(Step::Remove { node: node.clone(), id: id(node)?, key: row.key.clone() });
-                }
-                None => {
-                    return Err(format!("{node} is down, so its row {}, which lost, cannot be deleted there", row.key));
+                (None, _) => {
+                    return Err(format!("{node} is down, so its row {key}, which lost, cannot be deleted there"));
                 }
             }
         }
-        // An update of a row that is not there does nothing.
-        for row in right.iter().filter(|(key, _)| !rows.contains_key(*key)).map(|(_, row)| row) {
-            puts.push(Step::Put { node: node.clone(), id: id(node)?, tuple: row.tuple.clone() });
-        }
     }
     let mut steps = removals;
-    if !rewritten.is_empty() {
-        steps.push(Step::Assign { node: authority.to_owned(), id: id(authority)?, rows: rewritten });
-    }
+    steps.extend(rewritten.into_iter().map(|(node, rows)| Step::Assign { node: node.to_owned(), rows }));
     steps.extend(puts);
     Ok(steps)
+}
+
+/// What is done about rows that some of the nodes cannot be asked for.
+#[derive(Debug, Default, PartialEq)]
+pub struct Spread {
+    /// This makes those nodes' rows as the others have them, or has them say that they lack one: their keys and steps.
+    pub steps: BTreeMap<String, Vec<Step>>,
+    /// Nodes whose rows stay unknown.
+    pub unknown: BTreeSet<String>,
+}
+
+/// A node that met no conflict of a row cannot be asked for it, but follows what is written elsewhere: a row that is here is
+/// rewritten; one that lost and was removed on its node only is put back there for the moment that deleting it takes; and a
+/// winner that a later change of the loser has deleted on its own node comes back. To be done where all is alike otherwise.
+pub fn spread(
+    winner: &Version,
+    group: &[Conflict],
+    nodes: &BTreeMap<String, Rows>,
+    handles: &Handles,
+    connected: &[String],
+    sights: &[Sight],
+) -> Spread {
+    let mut spread = Spread::default();
+    for key in all_keys(handles) {
+        let lacking = connected.iter().filter(|node| handles.get(*node).is_none_or(|keys| !keys.contains_key(key)));
+        let lacking: BTreeSet<String> = lacking.cloned().collect();
+        if lacking.is_empty() {
+            continue;
+        }
+        let seeing: Vec<_> = seeing(nodes, handles, key).collect();
+        let id_on = |node: &str| seeing.iter().find(|(name, ..)| *name == node).map(|(.., id)| *id);
+        let rewrite =
+            |node: &str, id, key: &Value| Step::Assign { node: node.into(), rows: vec![(id, key.clone(), json!({}))] };
+        let holders: Vec<_> =
+            seeing.iter().filter_map(|(node, rows, id)| Some((*node, &rows.get(key)?.key, *id))).collect();
+        let steps = if holders.is_empty() {
+            let wins = is_key(&winner.key, key) && winner.tuple.is_object();
+            let found = match id_on(&winner.origin).filter(|_| wins) {
+                Some(id) => Some((winner.origin.as_str(), id, &winner.tuple, true)),
+                None => removed(winner, group, key).and_then(|(node, tuple)| Some((node, id_on(node)?, tuple, false))),
+            };
+            // Nobody but the nodes that lack it has ever changed it.
+            let Some((node, id, tuple, comes_back)) = found else { continue };
+            let then = match comes_back {
+                true => rewrite(node, id, &winner.key),
+                false => Step::Remove { node: node.into(), id, key: serde_json::from_str(key).unwrap_or_default() },
+            };
+            let possible = writable(sights, node) && is_whole(tuple);
+            possible.then(|| vec![Step::Put { node: node.into(), id, tuple: tuple.clone() }, then])
+        } else {
+            let able = holders.iter().filter(|(node, ..)| writable(sights, node));
+            let able = able.max_by_key(|(node, ..)| *node == winner.origin);
+            able.map(|(node, key, id)| vec![rewrite(node, *id, key)])
+        };
+        match steps {
+            Some(steps) => drop(spread.steps.insert(key.to_owned(), steps)),
+            None => spread.unknown.extend(lacking),
+        }
+    }
+    spread
+}
+
+/// A row that lost and is gone from its node only, with that node.
+fn removed<'a>(winner: &Version, group: &'a [Conflict], key: &str) -> Option<(&'a str, &'a Value)> {
+    group.iter().find_map(|conflict| match side(winner, conflict) {
+        Keep::Remote if conflict.is_clash() => {
+            let local = conflict.local_conflicts.iter().find(|local| is_key(&local.key, key))?;
+            Some((conflict.node.as_str(), &local.tuple))
+        }
+        Keep::Local if conflict.is_missing() && is_key(&conflict.replica_identity, key) => {
+            Some((conflict.node.as_str(), &conflict.remote_tuple))
+        }
+        _ => None,
+    })
+}
+
+fn is_key(key: &Value, text: &str) -> bool {
+    let own = key.to_string();
+    own == text
+}
+
+/// Whether a row in the log is the whole row, not cut.
+fn is_whole(tuple: &Value) -> bool {
+    let cut = |value: &Value| value.get("cut").is_some() && value.get("begin").is_some();
+    tuple.as_object().is_some_and(|tuple| !tuple.values().any(cut))
 }
 
 #[cfg(test)]
@@ -972,10 +1097,11 @@ mod tests {
     fn the_losers_lose_the_flag_before_the_winner_gets_it() {
         let rows = rows(&[command(1, EARLY, false), command(2, LATE, true), command(3, EARLY, true)]);
         let winner = rows.values().next();
-        let Step::Assign { node, id, rows: changes } = coronation("a", 11, "active", &rows, winner) else { panic!() };
-        assert_eq!((node.as_str(), id), ("a", 11));
+        let ids: BTreeMap<String, i64> = rows.keys().map(|key| (key.clone(), 11)).collect();
+        let Step::Assign { node, rows: changes } = coronation("a", &ids, "active", &rows, winner) else { panic!() };
+        assert_eq!(node, "a");
         let (off, on) = (json!({"active": false}), json!({"active": true}));
-        assert_eq!(changes, [(key(2), off.clone()), (key(3), off), (key(1), on)]);
+        assert_eq!(changes, [(11, key(2), off.clone()), (11, key(3), off), (11, key(1), on)]);
         assert!(!is_crowned("active", &rows, winner));
         let right = self::rows(&[command(1, EARLY, true), command(2, LATE, false)]);
         assert!(is_crowned("active", &right, right.values().next()));
@@ -987,9 +1113,12 @@ mod tests {
         let both = [sight("a", true, None), sight("b", true, None)];
         let b_down = [sight("a", true, None), sight("b", false, None)];
         let a_down = [sight("a", false, None), sight("b", true, None)];
-        let ids = BTreeMap::from([("a".to_owned(), 11), ("b".to_owned(), 22)]);
+        let handles =
+            [("a", 11), ("b", 22)].map(|(node, id)| (node.to_owned(), BTreeMap::from([(key(1).to_string(), id)])));
+        let handles = Handles::from(handles);
         let nodes = |a: &[&Value], b: &[&Value]| BTreeMap::from([("a".to_owned(), rows(a)), ("b".to_owned(), rows(b))]);
-        let mend = |nodes: &BTreeMap<String, Rows>, sights: &[Sight]| mend("a", nodes, &ids, sights);
+        let mend = |nodes: &BTreeMap<String, Rows>, sights: &[Sight]| mend("a", nodes, &handles, sights);
+        let are_alike = |nodes: &BTreeMap<String, Rows>| are_alike(nodes, &handles);
         let (row, other) = (command(1, EARLY, true), command(1, LATE, true));
         let put = Step::Put { node: "b".into(), id: 22, tuple: row.clone() };
 
@@ -997,7 +1126,7 @@ mod tests {
         assert_eq!(mend(&nodes(&[&row], &[&row]), &both), Ok(Vec::new()));
         let differs = nodes(&[&row], &[&other]);
         assert!(!are_alike(&differs));
-        let rewrite = Step::Assign { node: "a".into(), id: 11, rows: vec![(key(1), json!({}))] };
+        let rewrite = Step::Assign { node: "a".into(), rows: vec![(11, key(1), json!({}))] };
         assert_eq!(mend(&differs, &both), Ok(vec![rewrite]));
         assert_eq!(mend(&differs, &a_down), Ok(vec![put.clone()]));
         assert_eq!(mend(&nodes(&[&row], &[]), &both), Ok(vec![put]));
@@ -1019,6 +1148,34 @@ mod tests {
         assert_eq!(authority(&of(Wish::Local), &nodes(&[], &[&row])), Some("a"));
         assert_eq!(authority(&of(Wish::Remote), &nodes(&[], &[])), Some("b"));
         assert_eq!(authority(&of(Wish::Remote), &BTreeMap::new()), None);
+        assert_eq!(authority(&of(Wish::Remote), &BTreeMap::from([("a".to_owned(), rows(&[&row]))])), Some("a"));
+    }
+
+    #[test]
+    fn rows_that_a_node_cannot_be_asked_for_are_spread() {
+        let [up, down] = [true, false].map(|b_up| [sight("a", true, None), sight("b", b_up, None)]);
+        let connected = ["a".to_owned(), "b".to_owned()];
+        let (of_a, of_b) = (command(1, EARLY, true), command(1, LATE, true));
+        // Only b met it: a had deleted its row when that of b came.
+        let group = [clash("b", 22, "a", (&of_a, EARLY), (&of_b, LATE))];
+        let spread = |wish, at_b: &[&Value], sights: &[Sight]| {
+            let Course::Keep(winner) = course_of_wish(wish, &group[0], &group).unwrap() else { panic!() };
+            let nodes = BTreeMap::from([("b".to_owned(), rows(at_b))]);
+            let mut spread = spread(&winner, &group, &nodes, &handles(&group), &connected, sights);
+            (
+                spread.steps.remove(&key(1).to_string()).unwrap_or_default(),
+                spread.unknown.into_iter().collect::<Vec<_>>(),
+            )
+        };
+        let put = |tuple: &Value| Step::Put { node: "b".into(), id: 22, tuple: tuple.clone() };
+        let rewrite = || Step::Assign { node: "b".into(), rows: vec![(22, key(1), json!({}))] };
+        let remove = Step::Remove { node: "b".into(), id: 22, key: key(1) };
+        assert_eq!(spread(Wish::Local, &[&of_b], &up), (vec![rewrite()], vec![]));
+        assert_eq!(spread(Wish::Local, &[], &up), (vec![put(&of_b), rewrite()], vec![]));
+        assert_eq!(spread(Wish::Remote, &[], &up), (vec![put(&of_b), remove], vec![]));
+        assert_eq!(spread(Wish::Remote, &[&of_a], &up), (vec![rewrite()], vec![]));
+        assert_eq!(spread(Wish::Local, &[&of_b], &down), (vec![], vec!["a".to_owned()]));
+        assert_eq!(spread(Wish::Remote, &[&of_a], &down), (vec![], vec!["a".to_owned()]));
     }
 
     // ---- properties ----

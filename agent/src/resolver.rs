@@ -10,6 +10,7 @@ use futures_util::future::{join, join_all};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
+use tokio_postgres::types::PgLsn;
 
 use crate::cmd::Context;
 use crate::config::{Rule, Strategy};
@@ -18,7 +19,7 @@ use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts;
 use crate::failure::{Failure, Kind};
 use crate::node::{NodeError, Session, Trouble};
-use crate::resolve::{self, Attempts, Course, Row, Rows, Sight, Step, Version};
+use crate::resolve::{self, Attempts, Course, Handles, Row, Rows, Sight, Step, Version};
 use crate::sql;
 use crate::stop::{Halt, Limits};
 
@@ -30,8 +31,10 @@ const STEP_BOUND: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
 /// How long the other side of a quarrel may take to come up.
 pub const COUNTERPART_BOUND: Duration = Duration::from_millis(600);
-/// How long changes that are under way may take to make the nodes alike, before something is done about it.
+/// How long a node may take to say that it lacks a row that was rewritten elsewhere: its log is written after the fact.
 const GRACE: Duration = Duration::from_millis(500);
+/// How long a conflict may look open to the log after replication has got past it.
+const HINDSIGHT: Duration = Duration::from_secs(1);
 /// How often the nodes are made alike, should they drift apart again.
 const ROUNDS: usize = 3;
 /// How often one conflict is answered; more, and the answers do not help.
@@ -59,6 +62,8 @@ pub struct Resolved {
     pub conflicts: Vec<(String, i64)>,
     /// Nodes whose rows could not be compared.
     pub not_compared: Vec<String>,
+    /// Conflicts that replication has met next: what is written comes to those nodes after they are resolved.
+    pub held_up: Vec<String>,
     /// What else should be known.
     pub notes: Vec<String>,
 }
@@ -129,6 +134,8 @@ async fn make_ready(crew: &Crew<'_>, nodes: Vec<String>) {
         sql::RESOLVE,
         sql::VERSIONS,
         sql::ASSIGN,
+        sql::FLUSHED,
+        sql::APPLIED,
         sql::SETTLE,
         sql::NOTIFY,
         sql::WRITABLE,
@@ -254,6 +261,9 @@ pub async fn resolve_by_rules(
                     resolved.not_compared.join(", ")
                 ));
             }
+            if !resolved.held_up.is_empty() {
+                notes.push(format!("replication has met {} next", resolved.held_up.join(", ")));
+            }
             End::Resolved(resolved.resolution)
         }
         Err(ByRule::Unfit(why)) => {
@@ -320,6 +330,17 @@ struct Answer {
     idle: bool,
 }
 
+/// How often a conflict was answered, how often it had come up then, and what its node refused, and when.
+type Answered = (usize, i64, Option<(NodeError, Instant)>);
+
+/// What one node has yet to apply of another.
+struct Way {
+    from: String,
+    to: String,
+    subscription: String,
+    position: PgLsn,
+}
+
 /// One resolution under way. The sessions hold the lock of their nodes.
 pub struct Work<'r, 'c> {
     context: &'r Context,
@@ -380,6 +401,7 @@ impl<'r, 'c> Work<'r, 'c> {
                 resolution: "transaction skipped".into(),
                 conflicts: Vec::new(),
                 not_compared: Vec::new(),
+                held_up: self.get_past(&group).await?,
                 notes: Vec::new(),
             },
         };
@@ -430,7 +452,8 @@ impl<'r, 'c> Work<'r, 'c> {
         let mut group = known.to_vec();
         loop {
             let keys = resolve::keys(&group);
-            let found = self.related(first, &keys).await?;
+            let mut found = self.related(first, &keys).await?;
+            found.retain(Conflict::is_open);
             for member in known.iter().filter(|conflict| conflict.is_clash()) {
                 group = merge(group, resolve::group(member, &found));
             }
@@ -441,7 +464,7 @@ impl<'r, 'c> Work<'r, 'c> {
         }
     }
 
-    /// The open conflicts of all nodes, of whatever type, in which rows with these keys take part.
+    /// The conflicts of all nodes, of whatever type, in which rows with these keys take part: open, or answered and not compared.
     async fn related(&mut self, like: &Conflict, keys: &[Value]) -> Result<Vec<Conflict>, Failure> {
         let names = self.crew.names();
         let table = (&like.schemaname, &like.relname);
@@ -471,28 +494,24 @@ impl<'r, 'c> Work<'r, 'c> {
         }
     }
 
-    /// The rows of the quarrel, as each node that has a conflict of them has them now; and that conflict of each node.
-    async fn observe(
-        &mut self,
-        group: &[Conflict],
-        keys: &[Value],
-    ) -> Result<(BTreeMap<String, Rows>, BTreeMap<String, i64>), Failure> {
-        let mut ids: BTreeMap<String, i64> = BTreeMap::new();
-        for conflict in group {
-            ids.entry(conflict.node.clone()).or_insert(conflict.id);
-        }
-        let asked = json!(keys).to_string();
-        let looks = join_all(ids.iter().map(async |(node, id)| {
+    /// The rows of the quarrel, as the nodes that have conflicts of them have them now.
+    async fn observe(&mut self, handles: &Handles) -> Result<BTreeMap<String, Rows>, Failure> {
+        let looks = join_all(handles.iter().map(async |(node, keys)| {
             let session = self.crew.session(node)?;
             let mut rows = Rows::new();
-            for row in session.rows(sql::VERSIONS, &[id, &asked], LOOK_BOUND).await? {
-                let read = |column: &str| {
-                    serde_json::from_str::<Value>(row.get(column)).map_err(|error| {
-                        session.error(Trouble::Refused, format!("a row of conflict {id} is not understood: {error}"))
-                    })
-                };
-                let (key, tuple) = (read("key")?, read("tuple")?);
-                rows.insert(key.to_string(), Row { key, tuple });
+            for id in keys.values().collect::<BTreeSet<_>>() {
+                let of_it = keys.iter().filter(|(_, its)| *its == id).map(|(key, _)| key.as_str());
+                let asked = format!("[{}]", of_it.collect::<Vec<_>>().join(","));
+                for row in session.rows(sql::VERSIONS, &[id, &asked], LOOK_BOUND).await? {
+                    let read = |column: &str| {
+                        serde_json::from_str::<Value>(row.get(column)).map_err(|error| {
+                            session
+                                .error(Trouble::Refused, format!("a row of conflict {id} is not understood: {error}"))
+                        })
+                    };
+                    let (key, tuple) = (read("key")?, read("tuple")?);
+                    rows.insert(key.to_string(), Row { key, tuple });
+                }
             }
             Ok::<_, NodeError>((node.clone(), rows))
         }));
@@ -502,7 +521,87 @@ impl<'r, 'c> Work<'r, 'c> {
             let (node, rows) = look.map_err(|error| self.troubled(error))?;
             nodes.insert(node, rows);
         }
-        Ok((nodes, ids))
+        Ok(nodes)
+    }
+
+    /// What these nodes have yet to apply of each other: all that is written up to now.
+    async fn ways(&mut self, nodes: &BTreeSet<String>) -> Result<Vec<Way>, Failure> {
+        let nodes: Vec<&String> = nodes.iter().filter(|node| self.crew.session(node).is_ok()).collect();
+        let looks = join_all(nodes.iter().map(async |node| {
+            let position: PgLsn = self.crew.session(node)?.row(sql::FLUSHED, &[], LOOK_BOUND).await?.get("lsn");
+            Ok::<_, NodeError>((*node, position))
+        }));
+        let looks = self.limits.run(looks).await.map_err(|halt| self.halted(halt, "the nodes' positions"))?;
+        let mut ways = Vec::new();
+        for look in looks {
+            let (from, position) = look.map_err(|error| self.troubled(error))?;
+            let subscription = self.context.config.subscription_to(from);
+            ways.extend(nodes.iter().filter(|to| **to != from).map(|to| Way {
+                from: from.clone(),
+                to: (*to).clone(),
+                subscription: subscription.clone(),
+                position,
+            }));
+        }
+        Ok(ways)
+    }
+
+    /// The nodes of these conflicts and those that the changes came from.
+    fn concerned(group: &[Conflict]) -> BTreeSet<String> {
+        group.iter().flat_map(|conflict| std::iter::once(conflict.node.clone()).chain(conflict.peer.clone())).collect()
+    }
+
+    /// Leaves what is not applied yet; returns the other conflicts that hold it up.
+    async fn catch_up(&mut self, ways: &mut Vec<Way>, group: &[Conflict]) -> Result<Vec<String>, Failure> {
+        let looks = join_all(ways.iter().map(async |way| {
+            let session = self.crew.session(&way.to)?;
+            let rows = session.rows(sql::APPLIED, &[&way.subscription, &way.position], LOOK_BOUND).await?;
+            if rows.first().and_then(|row| row.get("applied")) == Some(true) {
+                return Ok(None);
+            }
+            let mut open = conflict::list(session, &self.context.config, false).await?;
+            open.retain(|other| {
+                let known = group.iter().any(|known| (&known.node, known.id) == (&other.node, other.id));
+                other.blocking && other.subscription == way.subscription && !known
+            });
+            Ok::<_, NodeError>(Some(open))
+        }));
+        let looks = self.limits.run(looks).await.map_err(|halt| self.halted(halt, "the subscriptions"))?;
+        let (mut left, mut held_up) = (Vec::new(), BTreeSet::new());
+        for (way, look) in std::mem::take(ways).into_iter().zip(looks) {
+            if let Some(open) = look.map_err(|error| self.troubled(error))? {
+                held_up.extend(open.iter().map(Conflict::name));
+                left.push(way);
+            }
+        }
+        *ways = left;
+        Ok(held_up.into_iter().collect())
+    }
+
+    async fn pause(&self, ways: &[Way]) -> Result<(), Failure> {
+        let what = match ways {
+            [] => "the nodes to become alike".to_owned(),
+            ways => {
+                let ways: Vec<String> =
+                    ways.iter().map(|way| format!("{} to have applied {}", way.to, way.from)).collect();
+                ways.join(" and ")
+            }
+        };
+        self.limits.run(sleep(PAUSE)).await.map_err(|halt| self.halted(halt, &what))
+    }
+
+    /// Waits until the nodes of these conflicts have applied all that comes from where they came from, or another conflict
+    /// holds that up.
+    async fn get_past(&mut self, group: &[Conflict]) -> Result<Vec<String>, Failure> {
+        let mut ways = self.ways(&Self::concerned(group)).await?;
+        ways.retain(|way| group.iter().any(|it| it.node == way.to && it.peer.as_ref() == Some(&way.from)));
+        loop {
+            let held_up = self.catch_up(&mut ways, group).await?;
+            if ways.is_empty() || !held_up.is_empty() {
+                return Ok(held_up);
+            }
+            self.pause(&ways).await?;
+        }
     }
 
     // ---- acting ----
@@ -568,15 +667,14 @@ impl<'r, 'c> Work<'r, 'c> {
 
     /// Answers every conflict of the quarrel, those that come up meanwhile included, until none holds up replication.
     async fn settle_down(&mut self, course: &Course, mut group: Vec<Conflict>) -> Result<Vec<Conflict>, Failure> {
-        // For each conflict: how often it was answered, how often it had come up then, and what the node refused.
-        let mut answers: BTreeMap<(String, i64), (usize, i64, Option<NodeError>)> = BTreeMap::new();
+        let mut answers: BTreeMap<(String, i64), Answered> = BTreeMap::new();
         loop {
             let mut steps = Vec::new();
             for conflict in &group {
                 let Some(step) = resolve::answer(course, conflict) else { continue };
                 let (times, seen, refused) = answers.entry((conflict.node.clone(), conflict.id)).or_default();
-                // Nobody else has closed it since, so the refusal counts.
-                if let Some(error) = refused.take() {
+                // Nobody else has closed it since, nor has replication got past it, so the refusal counts.
+                if let Some((error, _)) = refused.take_if(|(_, at)| at.elapsed() > HINDSIGHT) {
                     return Err(error.into());
                 }
                 if *times > 0 && conflict.occurrences <= *seen {
@@ -604,14 +702,14 @@ impl<'r, 'c> Work<'r, 'c> {
                         }
                     }
                     Err(error) if error.trouble == Trouble::Refused => {
-                        answers.entry((node.clone(), *id)).or_default().2 = Some(error);
+                        answers.entry((node.clone(), *id)).or_default().2 = Some((error, Instant::now()));
                     }
                     Err(error) => return Err(error.into()),
                 }
             }
             if *course == Course::Skip {
                 return match answers.into_values().find_map(|(.., refused)| refused) {
-                    Some(error) => Err(error.into()),
+                    Some((error, _)) => Err(error.into()),
                     None => Ok(group),
                 };
             }
@@ -660,39 +758,47 @@ impl<'r, 'c> Work<'r, 'c> {
         group: &mut Vec<Conflict>,
     ) -> Result<Resolved, Failure> {
         let mut crowned: Option<Step> = None;
+        let mut ways = self.ways(&Self::concerned(group)).await?;
         loop {
-            let keys = resolve::keys(group);
-            let (nodes, ids) = self.observe(group, &keys).await?;
+            let held_up = self.catch_up(&mut ways, group).await?;
+            // What the other node wrote a moment later may have come up against it.
+            *group = self.look_again(std::mem::take(group)).await?;
+            if group.iter().any(|conflict| conflict.is_open() && conflict.blocking) {
+                *group = self.settle_down(course, std::mem::take(group)).await?;
+                ways = self.ways(&Self::concerned(group)).await?;
+                continue;
+            }
+            let handles = resolve::handles(group);
+            let nodes = self.observe(&handles).await?;
             let sights = self.sights().await?;
-            let candidates: BTreeSet<&str> = ids.keys().map(String::as_str).collect();
+            let all = resolve::keys(group).len();
+            let able = handles.iter().filter(|(_, keys)| keys.len() == all);
+            let candidates: BTreeSet<&str> = able.map(|(node, _)| node.as_str()).collect();
             let Some(hand) = resolve::hand(&self.context.config, &sights, &candidates) else {
-                let message = format!("no node is writable any more: no row could be given {flag}");
+                let message = format!("no node is writable that has met all of it: no row could be given {flag}");
                 return Err(Failure::new(Kind::Undone, message));
             };
-            let (rows, id) = (&nodes[hand], &ids[hand]);
+            let rows = &nodes[hand];
             let winner = resolve::crown(flag, by, group, rows).map_err(|flaw| Failure::new(Kind::Undone, flaw))?;
-            let right = nodes.values().all(|rows| resolve::is_crowned(flag, rows, winner));
-            if right && resolve::are_alike(&nodes) {
+            let step = resolve::coronation(hand, &handles[hand], flag, rows, winner);
+            let right = nodes.values().all(|rows| resolve::is_crowned(flag, rows, winner))
+                && resolve::are_alike(&nodes, &handles)
+                && ways.is_empty();
+            if right || (!held_up.is_empty() && crowned.as_ref() == Some(&step)) {
                 let resolution = match winner {
                     Some(row) => format!("winner {}, {by} {}", row.key, row.tuple[by]),
                     None => format!("no row has {flag} any more"),
                 };
                 let row = winner.map_or(Value::Null, |row| row.tuple.clone());
-                let (not_compared, notes) = (self.without(&ids), Vec::new());
-                return Ok(Resolved { row, resolution, conflicts: Vec::new(), not_compared, notes });
+                let (not_compared, notes) = (self.without(&handles), Vec::new());
+                return Ok(Resolved { row, resolution, conflicts: Vec::new(), not_compared, held_up, notes });
             }
-            let step = resolve::coronation(hand, *id, flag, rows, winner);
             if crowned.as_ref() != Some(&step) {
                 self.perform_all(std::slice::from_ref(&step)).await?;
                 crowned = Some(step);
+                ways = self.ways(&Self::concerned(group)).await?;
             } else {
-                let waiting = self.limits.run(sleep(PAUSE)).await;
-                waiting.map_err(|halt| self.halted(halt, "the nodes to become alike"))?;
-            }
-            // What the other node wrote a moment later may have come up against it.
-            *group = self.look_again(std::mem::take(group)).await?;
-            if group.iter().any(|conflict| conflict.is_open() && conflict.blocking) {
-                *group = self.settle_down(course, std::mem::take(group)).await?;
+                self.pause(&ways).await?;
             }
         }
     }
@@ -703,8 +809,8 @@ impl<'r, 'c> Work<'r, 'c> {
     }
 
     /// Connected nodes that are not among these.
-    fn without(&self, ids: &BTreeMap<String, i64>) -> Vec<String> {
-        self.crew.names().into_iter().filter(|node| !ids.contains_key(node)).collect()
+    fn without(&self, handles: &Handles) -> Vec<String> {
+        self.crew.names().into_iter().filter(|node| !handles.contains_key(node)).collect()
     }
 
     /// Waits until all nodes have the rows as the winner's node has them, and sees to it if they do not get there by themselves.
@@ -714,43 +820,47 @@ impl<'r, 'c> Work<'r, 'c> {
         winner: &Version,
         group: &mut Vec<Conflict>,
     ) -> Result<Resolved, Failure> {
-        let (mut rounds, mut provoked) = (0, false);
-        let mut since = Instant::now();
+        let (mut rounds, mut looked_twice) = (0, false);
+        let mut spread: BTreeMap<String, Instant> = BTreeMap::new();
+        let (mut refused, mut notes) = (BTreeSet::new(), Vec::new());
+        // Rows are compared only when each node has what the others had written: what waited behind the conflict may change
+        // them once more, and one that has not come yet looks like one that is not there.
+        let mut ways = self.ways(&Self::concerned(group)).await?;
         loop {
-            let keys = resolve::keys(group);
+            let held_up = self.catch_up(&mut ways, group).await?;
+            *group = self.look_again(std::mem::take(group)).await?;
+            if group.iter().any(|conflict| conflict.is_open() && conflict.blocking) {
+                *group = self.settle_down(course, std::mem::take(group)).await?;
+                ways = self.ways(&Self::concerned(group)).await?;
+                looked_twice = false;
+                continue;
+            }
+            if !ways.is_empty() && held_up.is_empty() {
+                self.pause(&ways).await?;
+                continue;
+            }
             // Whatever else a node has against these rows gives a way to look at them.
-            let others = match group.first().cloned() {
-                Some(first) => self.related(&first, &keys).await?,
-                None => Vec::new(),
-            };
-            let handles: Vec<Conflict> = group.iter().cloned().chain(others).collect();
-            let (nodes, ids) = self.observe(&handles, &keys).await?;
-            let not_compared = self.without(&ids);
+            let mut all = group.clone();
+            if let Some(first) = group.first().cloned() {
+                let others = self.related(&first, &resolve::keys(group)).await?;
+                all.extend(
+                    others
+                        .into_iter()
+                        .filter(|other| group.iter().all(|known| (&known.node, known.id) != (&other.node, other.id))),
+                );
+            }
+            let handles = resolve::handles(&all);
+            let nodes = self.observe(&handles).await?;
             let authority = resolve::authority(winner, &nodes)
                 .ok_or_else(|| Failure::new(Kind::Undone, format!("the rows of {} are not known", winner.origin)))?;
-            let alike = resolve::are_alike(&nodes);
-            let patient = since.elapsed() < GRACE;
-            if alike && (not_compared.is_empty() || (provoked && !patient)) {
-                let row = nodes.get(authority).and_then(|rows| rows.get(&winner.key.to_string()));
-                let row = row.map_or(Value::Null, |row| row.tuple.clone());
-                let resolution = format!("winner {winner}");
-                return Ok(Resolved { row, resolution, conflicts: Vec::new(), not_compared, notes: Vec::new() });
-            }
-            if patient && (!alike || provoked) {
-                let waiting = self.limits.run(sleep(PAUSE)).await;
-                waiting.map_err(|halt| self.halted(halt, "the nodes to become alike"))?;
-            } else if alike {
-                // A node that has nothing against these rows cannot be asked for them. Rewriting the winner makes it have
-                // the same, or, if it lacks the row, say so.
-                provoked = true;
-                let writable = self.sights().await?.iter().any(|sight| sight.node == authority && sight.up);
-                let row = nodes.get(authority).and_then(|rows| rows.get(&winner.key.to_string()));
-                if let (true, Some(row), Some(id)) = (writable, row, ids.get(authority)) {
-                    let rows = vec![(row.key.clone(), json!({}))];
-                    self.perform_all(&[Step::Assign { node: authority.to_owned(), id: *id, rows }]).await?;
+            let sights = self.sights().await?;
+            if !resolve::are_alike(&nodes, &handles) && (held_up.is_empty() || rounds == 0) {
+                // Something may just be under way.
+                if !looked_twice && held_up.is_empty() {
+                    looked_twice = true;
+                    ways = self.ways(&Self::concerned(&all)).await?;
+                    continue;
                 }
-                since = Instant::now();
-            } else {
                 rounds += 1;
                 if rounds > ROUNDS {
                     let message = format!("the nodes were made alike {ROUNDS} times and have drifted apart again");
@@ -758,17 +868,45 @@ impl<'r, 'c> Work<'r, 'c> {
                         Failure::new(Kind::Undone, message).hint("see what writes to these rows, and run it again")
                     );
                 }
-                let sights = self.sights().await?;
-                let steps = resolve::mend(authority, &nodes, &ids, &sights)
+                let steps = resolve::mend(authority, &nodes, &handles, &sights)
                     .map_err(|flaw| Failure::new(Kind::Undone, flaw).hint("bring that node up, and run it again"))?;
                 self.perform_all(&steps).await?;
-                since = Instant::now();
+                ways = self.ways(&Self::concerned(&all)).await?;
+                looked_twice = false;
+                continue;
             }
-            *group = self.look_again(std::mem::take(group)).await?;
-            if group.iter().any(|conflict| conflict.is_open() && conflict.blocking) {
-                *group = self.settle_down(course, std::mem::take(group)).await?;
-                since = Instant::now();
+            let connected = self.crew.names();
+            let mut found = resolve::spread(winner, group, &nodes, &handles, &connected, &sights);
+            found.steps.retain(|key, _| !spread.contains_key(key));
+            if !found.steps.is_empty() {
+                for (key, steps) in found.steps {
+                    spread.insert(key.clone(), Instant::now());
+                    for (step, result) in self.perform(&steps).await? {
+                        match result {
+                            Ok(_) => {}
+                            Err(error) if error.trouble == Trouble::Refused => {
+                                refused.extend(self.without(&handles));
+                                notes.push(format!("could not {step}: {error}"));
+                            }
+                            Err(error) => return Err(error.into()),
+                        }
+                    }
+                }
+                ways = self.ways(&connected.into_iter().collect()).await?;
+                continue;
             }
+            if held_up.is_empty() && spread.values().any(|at| at.elapsed() < GRACE) {
+                self.pause(&[]).await?;
+                continue;
+            }
+            let row = nodes.get(authority).and_then(|rows| rows.get(&winner.key.to_string()));
+            let row = row.map_or(Value::Null, |row| row.tuple.clone());
+            let resolution = format!("winner {winner}");
+            // What came up on the way is over with it.
+            group
+                .extend(all.into_iter().skip(group.len()).filter(|other| other.is_missing() || other.kept().is_some()));
+            let not_compared = found.unknown.union(&refused).cloned().collect();
+            return Ok(Resolved { row, resolution, conflicts: Vec::new(), not_compared, held_up, notes });
         }
     }
 
@@ -854,9 +992,9 @@ async fn take(session: &Session, step: &Step, by_whom: &str) -> Result<Answer, N
         }
         Step::Resolve { id, keep, .. } => session.row(sql::RESOLVE, &[id, &keep.word()], STEP_BOUND).await.map(said),
         Step::Skip { id, .. } => session.row(sql::SKIP, &[id], STEP_BOUND).await.map(said),
-        Step::Assign { id, rows, .. } => {
+        Step::Assign { rows, .. } => {
             let changes = json!(rows).to_string();
-            let changed: i64 = session.row(sql::ASSIGN, &[id, &changes], STEP_BOUND).await?.get("changed");
+            let changed: i64 = session.row(sql::ASSIGN, &[&changes], STEP_BOUND).await?.get("changed");
             let gone = rows.len() as i64 - changed;
             Ok(Answer { said: (gone > 0).then(|| format!("{gone} of the rows were gone")), ..Answer::default() })
         }

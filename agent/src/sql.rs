@@ -23,6 +23,7 @@ queries! {
     DRAIN = "drain.sql";
     END_SESSION = "end_session.sql";
     EVEN = "even.sql";
+    FLUSHED = "flushed.sql";
     IDENTITY = "identity.sql";
     LOCK = "lock.sql";
     LOCK_HOLDER = "lock_holder.sql";

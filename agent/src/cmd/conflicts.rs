@@ -9,6 +9,7 @@ use std::time::Duration;
 use comfy_table::{Cell, Color};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
 
 use super::{Context, Reply, render, table, unreachable, whoami};
 use crate::cli::{ConflictId, Conflicts};
@@ -26,6 +27,8 @@ use crate::stop::Limits;
 const BOUND: Duration = Duration::from_secs(30);
 /// How long the subscriptions may take to be at work again, after everything else is done.
 const STREAMING_BOUND: Duration = Duration::from_secs(5);
+/// How long the log may take to know all of a transaction that was skipped.
+const KNOWN_BOUND: Duration = Duration::from_secs(1);
 /// How much of a value is shown in a table, in characters.
 const SHOWN: usize = 60;
 
@@ -346,12 +349,13 @@ fn ways(conflict: &Conflict) -> Vec<(String, String)> {
 
 // ---- resolve ----
 
-/// Sessions on all nodes, ready to act, and the conflict that is meant: open, and its other node there.
+/// Sessions on all nodes, ready to act, and the conflict that is meant: open, and its other node there. To be resolved can also
+/// be one that was answered, but not to the end: by an agent that was cut off, or by hand on one node.
 async fn begin<'a>(context: &'a Context, id: &ConflictId, alone: bool) -> Result<(Crew<'a>, Conflict), Failure> {
     let (mut crew, _) = Crew::muster(&context.config, &context.connector, &[]).await;
     let errors = resolver::connect(&mut crew).await;
     let conflict = find(context, &crew, &errors, id).await?;
-    if !conflict.is_open() {
+    if !conflict.is_open() && (alone || conflict.kept().is_none()) {
         let how = conflict.resolution.as_deref().unwrap_or("nothing more is known");
         let message = format!("{} is {} already: {how}", conflict.name(), conflict.status);
         return Err(Failure::new(Kind::Undone, message).hint("see `conflicts list` for what is open"));
@@ -411,7 +415,8 @@ async fn resolve(context: &Context, id: &ConflictId, wish: Wish, dry_run: bool) 
     let name = conflict.name();
     let mut work = Work::new(context, &mut crew, limits, format!("stillebot-agent conflicts by {}", whoami()));
 
-    let group = work.both_sides(&conflict, COUNTERPART_BOUND).await.map_err(|failure| failed(failure, &[], &[]))?;
+    let patience = if conflict.is_open() { COUNTERPART_BOUND } else { Duration::ZERO };
+    let group = work.both_sides(&conflict, patience).await.map_err(|failure| failed(failure, &[], &[]))?;
     let course = resolve::course_of_wish(wish, &conflict, &group).map_err(|why| {
         Failure::new(Kind::Undone, format!("{name} cannot be resolved that way: {why}; nothing was changed"))
             .hint(format!("see `conflicts show {name}`"))
@@ -419,6 +424,12 @@ async fn resolve(context: &Context, id: &ConflictId, wish: Wish, dry_run: bool) 
     let Course::Keep(winner) = &course else {
         return Err(Failure::new(Kind::Undone, "there is no version to keep; nothing was changed"));
     };
+    if let Some(kept) = conflict.kept()
+        && kept != resolve::side(winner, &conflict).word()
+    {
+        return Err(Failure::new(Kind::Undone, format!("{name}: {kept} was kept already; nothing was changed"))
+            .hint(format!("to make the nodes alike: conflicts resolve {name} --keep {kept}")));
+    }
     if dry_run {
         let plan = resolve::plan(&course, &group);
         let mut would: Vec<String> = plan.iter().map(Step::to_string).collect();
@@ -430,18 +441,21 @@ async fn resolve(context: &Context, id: &ConflictId, wish: Wish, dry_run: bool) 
     }
 
     // Whichever of the conflicts is left, the same version must win.
-    let again = group.iter().filter_map(|conflict| match resolve::answer(&course, conflict) {
-        Some(Step::Resolve { keep, .. }) => {
-            Some(format!("conflicts resolve {} --keep {}", conflict.name(), keep.word()))
-        }
-        _ => None,
+    let again = group.iter().map(|conflict| {
+        format!("conflicts resolve {} --keep {}", conflict.name(), resolve::side(winner, conflict).word())
     });
     let again: Vec<String> = again.collect();
     let result = async {
         let resolved = work.follow(&course, group).await?;
-        work.settle(&resolved).await?;
+        // Otherwise it can be run again, to compare them after all.
+        if resolved.not_compared.is_empty() && resolved.held_up.is_empty() {
+            work.settle(&resolved).await?;
+        }
         let nodes = resolved.conflicts.iter().map(|(node, _)| node.clone()).chain(conflict.peer.clone()).collect();
-        let idle = work.streaming(&nodes, STREAMING_BOUND).await?;
+        let idle = match resolved.held_up.as_slice() {
+            [] => work.streaming(&nodes, STREAMING_BOUND).await?,
+            _ => Vec::new(),
+        };
         Ok((resolved, idle))
     }
     .await;
@@ -449,8 +463,11 @@ async fn resolve(context: &Context, id: &ConflictId, wish: Wish, dry_run: bool) 
     let (resolved, idle) = result.map_err(|failure| failed(failure, &done, &again))?;
 
     let mut text = format!("done:\n{}", deeds(&done));
-    let alike =
-        if resolved.not_compared.is_empty() { "all nodes have it" } else { "the nodes that were asked have it" };
+    let alike = match (resolved.held_up.as_slice(), resolved.not_compared.as_slice()) {
+        ([], []) => "all nodes have it",
+        ([], _) => "the nodes that were asked have it",
+        _ => "it is on its way",
+    };
     let _ = write!(text, "{name} is resolved: {}; {alike}", resolved.resolution);
     let mut kind = None;
     if !resolved.not_compared.is_empty() {
@@ -460,12 +477,21 @@ async fn resolve(context: &Context, id: &ConflictId, wish: Wish, dry_run: bool) 
         let keys = keys.join(" and ");
         let _ = write!(
             text,
-            "\nnot compared: {nodes} met no conflict of these rows; look there at {keys} in {}",
+            "\nnot compared: {nodes} met no conflict of these rows, and no other node could write them for it; look there at {keys} in {}",
             conflict.table()
         );
-        // The row that lost is still there, most likely.
-        let lost = |node: &String| conflict.peer.as_ref() == Some(node) && winner.origin != *node;
-        kind = resolved.not_compared.iter().any(lost).then_some(Kind::NeedsPerson);
+        kind = Some(Kind::NeedsPerson);
+    }
+    for note in &resolved.notes {
+        let _ = write!(text, "\n{note}");
+    }
+    if let Some(next) = next(&resolved.held_up) {
+        let _ = write!(text, "\n{next}");
+        kind = Some(Kind::NeedsPerson);
+    }
+    if kind.is_some() {
+        let keep = resolve::side(winner, &conflict).word();
+        let _ = write!(text, "\nto compare the nodes after that: conflicts resolve {name} --keep {keep}");
     }
     for subscription in &idle {
         let _ = write!(text, "\nnot at work yet: {subscription}; see `conflicts list` and `status`");
@@ -474,8 +500,13 @@ async fn resolve(context: &Context, id: &ConflictId, wish: Wish, dry_run: bool) 
     let json = json!({"command": "conflicts resolve", "outcome": kind.map_or("done", Kind::word), "conflict": name,
         "keep": wish.word(), "winner": winner, "row": resolved.row, "resolution": resolved.resolution,
         "conflicts": resolved.conflicts.iter().map(|(node, id)| format!("{node}/{id}")).collect::<Vec<_>>(),
-        "not_compared": resolved.not_compared, "not_streaming": idle, "steps": done});
+        "not_compared": resolved.not_compared, "held_up": resolved.held_up, "not_streaming": idle, "steps": done});
     Ok(Reply { text, json, kind })
+}
+
+/// What replication has met next, in a line.
+fn next(held_up: &[String]) -> Option<String> {
+    (!held_up.is_empty()).then(|| format!("replication has met {} next; see `conflicts list`", held_up.join(", ")))
 }
 
 // ---- skip ----
@@ -488,13 +519,12 @@ async fn skip(context: &Context, id: &ConflictId, dry_run: bool) -> Result<Reply
             .hint(format!("see `conflicts show {name}`")));
     }
     // What is not known here cannot be told as lost; the log says what it knows.
-    let changes = conflict::changes(crew.session(&node)?, conflict.id).await.unwrap_or_default();
-    let complete = !changes.is_empty() && changes.iter().all(|change| change.complete);
-    let lost = format!("{}\n", transaction(&conflict, &changes, None).trim_end());
+    let mut changes = conflict::changes(crew.session(&node)?, conflict.id).await.unwrap_or_default();
     if dry_run {
-        let text = format!("would skip on {node}, for good: {lost}");
+        let lost = transaction(&conflict, &changes, None);
+        let text = format!("would skip on {node}, for good: {}", lost.trim_end());
         let json = json!({"command": "conflicts skip", "outcome": "dry_run", "conflict": name, "changes": changes,
-            "changes_complete": complete});
+            "changes_complete": is_complete(&changes)});
         return Ok(Reply::done(text, json));
     }
     lock(&crew, dry_run).await?;
@@ -502,22 +532,44 @@ async fn skip(context: &Context, id: &ConflictId, dry_run: bool) -> Result<Reply
     let again = [format!("conflicts skip {name}")];
     let mut work = Work::new(context, &mut crew, limits, format!("stillebot-agent conflicts by {}", whoami()));
     let result = async {
-        work.follow(&Course::Skip, vec![conflict.clone()]).await?;
+        let resolved = work.follow(&Course::Skip, vec![conflict.clone()]).await?;
         let nodes = std::iter::once(node.clone()).chain(conflict.peer.clone()).collect();
-        work.streaming(&nodes, STREAMING_BOUND).await
+        let idle = match resolved.held_up.as_slice() {
+            [] => work.streaming(&nodes, STREAMING_BOUND).await?,
+            _ => Vec::new(),
+        };
+        Ok((resolved.held_up, idle))
     }
     .await;
     let done = std::mem::take(&mut work.deeds);
-    let idle = result.map_err(|failure| failed(failure, &done, &again))?;
-    let mut text = format!("done:\n{}lost on {node}: {lost}", deeds(&done));
+    let (held_up, idle) = result.map_err(|failure| failed(failure, &done, &again))?;
+    // All of the transaction has come by now, and the log has it a moment later.
+    let until = Instant::now() + KNOWN_BOUND;
+    while !is_complete(&changes) && Instant::now() < until {
+        sleep(Duration::from_millis(20)).await;
+        match conflict::changes(crew.session(&node)?, conflict.id).await {
+            Ok(now) => changes = now,
+            Err(_) => break,
+        }
+    }
+    let lost = transaction(&conflict, &changes, None);
+    let mut text = format!("done:\n{}lost on {node}: {}\n", deeds(&done), lost.trim_end());
     let _ = write!(text, "{name} is skipped; the nodes differ in these rows now");
     for subscription in &idle {
         let _ = write!(text, "\nnot at work yet: {subscription}; see `conflicts list` and `status`");
     }
-    let kind = (!idle.is_empty()).then_some(Kind::NeedsPerson);
+    if let Some(next) = next(&held_up) {
+        let _ = write!(text, "\n{next}");
+    }
+    let kind = (!idle.is_empty() || !held_up.is_empty()).then_some(Kind::NeedsPerson);
     let json = json!({"command": "conflicts skip", "outcome": kind.map_or("done", Kind::word), "conflict": name,
-        "changes": changes, "changes_complete": complete, "not_streaming": idle, "steps": done});
+        "changes": changes, "changes_complete": is_complete(&changes), "held_up": held_up, "not_streaming": idle,
+        "steps": done});
     Ok(Reply { text, json, kind })
+}
+
+fn is_complete(changes: &[Change]) -> bool {
+    !changes.is_empty() && changes.iter().all(|change| change.complete)
 }
 
 // ---- words ----
