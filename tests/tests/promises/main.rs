@@ -12,6 +12,7 @@ mod hop;
 mod lasting;
 mod proven;
 mod replication;
+mod resolving;
 mod rules;
 mod runs;
 mod scenarios;
