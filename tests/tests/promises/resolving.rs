@@ -10,13 +10,8 @@ use stillebot_tests::{Cluster, Server, wait_until};
 use tokio::join;
 
 use crate::PATIENCE;
-use crate::conflicts::{Conflict, apart, call, conflicts, id, settled, wait_conflict, wait_open};
+use crate::conflicts::{Conflict, apart, call, conflicts, expect_errors, id, settled, wait_conflict, wait_open};
 use crate::runs::{Run, Started, agent};
-
-/// Core's own lines for an error that apply meets again and again.
-fn expect_unique_violation(cluster: &Cluster) {
-    cluster.expect_log(" 23505 logical replication");
-}
 
 /// A node's conflict as the command line wants it.
 fn name(node: &Server, row: &Conflict) -> String {
@@ -96,7 +91,7 @@ async fn raids(cluster: &Cluster) -> Result<i64> {
 #[tokio::test]
 async fn conflicts_are_listed_and_shown_with_both_versions_and_what_can_be_done() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     let text = async |arguments: &[&str]| anyhow::Ok(cluster.agent(arguments).await?.expect_code(0)?.stdout);
     ensure!(text(&["conflicts", "list"]).await? == "no open conflicts\n");
@@ -176,7 +171,7 @@ async fn conflicts_are_listed_and_shown_with_both_versions_and_what_can_be_done(
 #[tokio::test]
 async fn what_cannot_be_done_is_refused_with_a_reason_and_changes_nothing() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     cluster.expect_log(" 23514 logical replication");
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     for arguments in [
@@ -259,7 +254,7 @@ async fn what_cannot_be_done_is_refused_with_a_reason_and_changes_nothing() -> R
 #[tokio::test]
 async fn of_two_inserts_of_one_key_the_kept_one_is_on_both_nodes_with_the_rest_of_both_transactions() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     for (key, keep, on, winner) in [
         (1, "local", sikorsky, "sikorsky"),
@@ -285,7 +280,7 @@ async fn of_two_inserts_of_one_key_the_kept_one_is_on_both_nodes_with_the_rest_o
 #[tokio::test]
 async fn what_was_written_to_the_rows_behind_the_conflict_leaves_both_nodes_the_same() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let sikorsky = cluster.node("sikorsky");
     for (key, keep) in [(1, "local"), (2, "remote"), (3, "newest")] {
         let queued = |by: &str, to| {
@@ -325,7 +320,7 @@ async fn what_was_written_to_the_rows_behind_the_conflict_leaves_both_nodes_the_
 #[tokio::test]
 async fn rows_of_different_keys_that_a_second_unique_index_keeps_apart_are_resolved() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     for node in cluster.nodes() {
         node.execute(DATABASE, "create unique index login on stillebot.botservice (login)").await?;
@@ -365,7 +360,7 @@ fn save(name: &str, content: &str) -> String {
 #[tokio::test]
 async fn of_two_active_commands_the_kept_one_stays() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     for (name_, keep, kept) in [("a", "local", "sikorsky"), ("b", "remote", "gideon"), ("c", "newest", "gideon")] {
         // One that was active before, which both deactivate.
@@ -389,7 +384,7 @@ async fn of_two_active_commands_the_kept_one_stays() -> Result<()> {
 #[tokio::test]
 async fn a_key_that_was_moved_onto_an_existing_one_is_resolved() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     for (key, keep, on) in
         [(10, "local", gideon), (20, "remote", gideon), (30, "local", sikorsky), (40, "remote", sikorsky)]
@@ -450,7 +445,7 @@ async fn an_update_of_a_row_that_was_deleted_is_resolved_both_ways() -> Result<(
 #[tokio::test]
 async fn a_quarrel_that_only_one_node_noticed_is_resolved() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let gideon = cluster.node("gideon");
     for (key, keep) in [(1, "local"), (2, "remote"), (3, "newest")] {
         // On sikorsky the row is gone before the one of gideon comes.
@@ -478,7 +473,7 @@ async fn a_quarrel_that_only_one_node_noticed_is_resolved() -> Result<()> {
 #[tokio::test]
 async fn a_node_that_is_down_takes_part() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     for (key, keep, kept) in [(1, "local", "gideon"), (2, "remote", "sikorsky")] {
         apart(&cluster, &config(key, "sikorsky"), &config(key, "gideon")).await?;
@@ -517,7 +512,7 @@ async fn a_node_that_is_down_takes_part() -> Result<()> {
 #[tokio::test]
 async fn with_three_nodes_all_have_the_winner() -> Result<()> {
     let cluster = Cluster::builder().nodes(3).start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     for (key, keep, kept) in [(1, "local", "sikorsky"), (2, "remote", "gideon"), (3, "newest", "gideon")] {
         apart(&cluster, &config(key, "sikorsky"), &config(key, "gideon")).await?;
@@ -534,7 +529,7 @@ async fn with_three_nodes_all_have_the_winner() -> Result<()> {
 #[tokio::test]
 async fn the_next_conflict_in_line_is_told_and_does_not_hold_up_the_resolution() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let sikorsky = cluster.node("sikorsky");
     let two = |by: &str| format!("begin; {} commit; begin; {} commit", config(1, by), config(2, by));
     apart(&cluster, &two("sikorsky"), &two("gideon")).await?;
@@ -559,7 +554,7 @@ async fn the_next_conflict_in_line_is_told_and_does_not_hold_up_the_resolution()
 #[tokio::test]
 async fn skip_says_what_is_lost_and_is_only_for_what_stops_replication() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     gideon.execute(DATABASE, &config(1, "gideon")).await?;
     cluster.wait_replicated().await?;
@@ -605,7 +600,7 @@ async fn skip_says_what_is_lost_and_is_only_for_what_stops_replication() -> Resu
 #[tokio::test]
 async fn an_agent_killed_half_way_is_run_again_and_ends_it() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     let status = async |node: &Server, key: i64| {
         let query = format!(
@@ -665,7 +660,7 @@ async fn an_agent_killed_half_way_is_run_again_and_ends_it() -> Result<()> {
 #[tokio::test]
 async fn what_one_node_was_told_by_hand_the_agent_brings_to_the_others() -> Result<()> {
     let cluster = Cluster::start().await?;
-    expect_unique_violation(&cluster);
+    expect_errors(&cluster, &["23505"]);
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     apart(&cluster, &config(1, "sikorsky"), &config(1, "gideon")).await?;
     let (here, there) = both(&cluster, "insert_exists", "insert_exists").await?;
