@@ -877,9 +877,11 @@ comment on function multihome.refuse_if_referenced(oid, jsonb) is 'An error if a
 create function public.stillebot_resolve(conflict_id bigint, keep text) returns text
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set datestyle = iso
 set timezone = 'UTC'
 set intervalstyle = postgres
 set bytea_output = hex
+set extra_float_digits = 1
 as $$
 declare
     entry multihome.log;
@@ -958,6 +960,11 @@ begin
             raise program_limit_exceeded using message = 'too many changes are waited for to be left out', hint = 'Try again when replication has gone on.';
         end if;
         advice := 'on the other node, keep its remote row (this one): its own shall go';
+    elsif way = '[]' then
+        -- The row in the way has gone since, or cannot be found: then this is not over, and whether it is, apply will tell.
+        perform multihome.go_on(entry);
+        perform multihome.end_local();
+        return format('no row in the way of conflict %s can be seen now; apply tries again at once, and closes it if it goes on', conflict_id);
     else
         for hit in select r from jsonb_array_elements(way) as r loop
             if hit -> 'key' is distinct from multihome.typed(entry.relation, change -> 'key') then
@@ -975,11 +982,12 @@ begin
     end if;
     update multihome.log as l
        set status = 'resolved', blocking = false, answer = kept, resolved_by = session_user, resolved_at = clock_timestamp(),
-           -- What goes is kept here, and whole.
-           local_conflicts = case when way = '[]' or kept = 'local' then l.local_conflicts
+           -- What goes is kept here, and whole, unless nothing but keys may be kept.
+           local_conflicts = case when kept = 'local' then l.local_conflicts
+                                  when multihome.is_redacted(l.schemaname, l.relname) then (select jsonb_agg(r - 'tuple') from jsonb_array_elements(multihome.without_places(way, true)) as r)
                                   else multihome.without_places(way, false) end,
            resolution = case kept when 'local' then format('kept local%s: the incoming %s was left out', reason, l.operation)
-                                  else format('kept remote%s: %s local rows removed, kept here in local_conflicts', reason, gone) end
+                                  else format('kept remote%s: %s local rows removed, as in local_conflicts', reason, gone) end
      where l.node = entry.node and l.id = entry.id;
     perform multihome.go_on(entry);
     perform multihome.end_local();
@@ -999,6 +1007,7 @@ as $$
 declare
     here timestamptz;
     unknown boolean;
+    theirs jsonb := multihome.typed(entry.relation, multihome.raw_change(entry) -> 'tuple');
 begin
     select max((r ->> 'commit_ts')::timestamptz), bool_or(r ->> 'commit_ts' is null) into here, unknown from jsonb_array_elements(way) as r;
     if way = '[]' then
@@ -1011,7 +1020,9 @@ begin
     -- Both nodes compare the same two versions and must come to the same end: a tie is for the row whose text is greater.
     return case when entry.remote_commit_ts > here then 'remote'
                 when entry.remote_commit_ts < here then 'local'
-                when entry.remote_tuple::text collate "C" > (select max((r ->> 'tuple') collate "C") from jsonb_array_elements(way) as r) then 'remote'
+                -- Of the local row what the other node has sent of its own, which leaves out generated columns.
+                when theirs::text collate "C" > (select max((select jsonb_object_agg(name, r -> 'tuple' -> name) from jsonb_object_keys(theirs) as name)::text collate "C")
+                                                   from jsonb_array_elements(way) as r) then 'remote'
                 else 'local' end;
 end $$;
 revoke execute on function multihome.newest(multihome.log, jsonb) from public;
@@ -1036,9 +1047,11 @@ comment on function multihome.insert_row(oid, jsonb) is 'Inserts a row as the ap
 create function multihome.make_room(conflict_id bigint, assignments jsonb) returns setof jsonb
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set datestyle = iso
 set timezone = 'UTC'
 set intervalstyle = postgres
 set bytea_output = hex
+set extra_float_digits = 1
 as $$
 declare
     entry multihome.log := multihome.open_conflict(conflict_id, 'multihome.make_room()');
@@ -1101,9 +1114,11 @@ create function multihome.versions(conflict_id bigint, keys jsonb)
 returns table (key jsonb, tuple jsonb, commit_ts timestamptz, origin text)
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set datestyle = iso
 set timezone = 'UTC'
 set intervalstyle = postgres
 set bytea_output = hex
+set extra_float_digits = 1
 as $$
 declare
     entry multihome.log;
@@ -1132,6 +1147,11 @@ comment on function multihome.versions(bigint, jsonb) is
 create function multihome.assign(conflict_id bigint, key jsonb, assignments jsonb) returns boolean
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set datestyle = iso
+set timezone = 'UTC'
+set intervalstyle = postgres
+set bytea_output = hex
+set extra_float_digits = 1
 as $$
 declare
     entry multihome.log := multihome.taking_part(conflict_id, key);
@@ -1170,9 +1190,11 @@ comment on function multihome.remove(bigint, jsonb) is 'An ordinary DELETE, whic
 create function multihome.put(conflict_id bigint, tuple jsonb) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set datestyle = iso
 set timezone = 'UTC'
 set intervalstyle = postgres
 set bytea_output = hex
+set extra_float_digits = 1
 as $$
 declare
     key jsonb;

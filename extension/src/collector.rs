@@ -5,6 +5,7 @@
 //! nothing. What cannot be recorded (no extension, a table that was dropped, a full disk) is tried again, with less of it,
 //! then counted as dropped: replication never waits for the log.
 
+use std::panic::UnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -23,13 +24,15 @@ use crate::{compat, conflicts, local};
 /// is just being replaced.
 const LOOK: Duration = Duration::from_secs(1);
 /// How often a collector looks whether old rows can go and whether its database still has subscriptions.
-const UPKEEP: Duration = Duration::from_secs(5);
+const UPKEEP: Duration = Duration::from_secs(2);
 /// How long an event that could not be recorded is left alone before it is tried again.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Events that are recorded in one transaction.
 const BATCH: usize = 100;
 /// How long a statement may take.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Such transactions in a row.
+const ROUNDS: usize = 20;
 const RECORD: &str = "select multihome.record($1::jsonb)";
 
 /// Whether this process is a collector. Set before it connects, because its database may be down.
@@ -150,29 +153,39 @@ fn collect(queue: &'static Queue) {
                 pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
             }
         }
-        if drain(queue) || first || queue.is_open() {
+        let news = drain(queue);
+        if news.any || first || queue.is_open() {
             queue.set_open(run("select multihome.sweep()", &[]).unwrap_or(0) as u32);
         }
         first = false;
         if upkeep_at.elapsed() >= UPKEEP {
             upkeep_at = Instant::now();
             run("select multihome.upkeep()", &[]);
-            if subscriptions() == Some(0) {
+            // DROP DATABASE and the like wait five seconds for processes in it to leave.
+            if !news.more && subscriptions() == Some(0) {
                 queue.dismiss();
                 return;
             }
         }
-        if !BackgroundWorker::wait_latch(Some(LOOK)) || is_ending() {
+        let pause = if news.more { Duration::ZERO } else { LOOK };
+        if !BackgroundWorker::wait_latch(Some(pause)) || is_ending() {
             return;
         }
     }
 }
 
-/// Has everything that is in the queue written down; whether there was anything.
-fn drain(queue: &Queue) -> bool {
+/// What was in the queue.
+struct News {
+    any: bool,
+    /// And still is.
+    more: bool,
+}
+
+/// Has what is in the queue written down, for a while: in a flood there is other work too.
+fn drain(queue: &Queue) -> News {
     let ring = queue.ring();
     let mut any = false;
-    loop {
+    for _ in 0..ROUNDS {
         // Many in one transaction: a flush of the WAL takes longer than an event.
         let (mut position, mut events, mut record) = (ring.start(), Vec::new(), Vec::new());
         while events.len() < BATCH
@@ -182,7 +195,7 @@ fn drain(queue: &Queue) -> bool {
             position = next;
         }
         if events.is_empty() || is_ending() {
-            return any;
+            return News { any, more: false };
         }
         any = true;
         let texts: Vec<Vec<u8>> = events.iter().map(|(_, record)| json(record, false)).collect();
@@ -194,13 +207,14 @@ fn drain(queue: &Queue) -> bool {
         for (next, record) in events {
             if !recorded(&record) {
                 if is_ending() {
-                    return any; // It stays for the next collector.
+                    return News { any, more: false }; // It stays for the next collector.
                 }
                 ring.count_dropped();
             }
             ring.remove_to(next);
         }
     }
+    News { any, more: true }
 }
 
 /// Has one event written down, if it can be: if need be, after a while, and without the rows that it brings.
@@ -236,18 +250,24 @@ fn json(record: &[u8], bare: bool) -> Vec<u8> {
     }
 }
 
-/// How many subscriptions this database has.
+/// How many subscriptions of this database may have something to tell. Asked with or without the extension.
 fn subscriptions() -> Option<i64> {
-    run(
-        "select count(*) from pg_subscription s where s.subdbid = (select oid from pg_database where datname = current_database())",
-        &[],
-    )
+    in_transaction(|| {
+        let enabled = "select count(*) from pg_subscription s
+                        where s.subenabled and s.subdbid = (select oid from pg_database where datname = current_database())";
+        conflicts::one_bigint(enabled, &[])
+    })
 }
 
 /// Runs a query that returns one bigint, in a transaction of its own that stays on this node: once for each text, which is
 /// its parameter, or once without. Returns the last number. `None` if it failed, which has been reported to the server's
 /// log, or if the extension is not there.
 fn run(query: &str, texts: &[Vec<u8>]) -> Option<i64> {
+    in_transaction(|| last_number(query, texts))
+}
+
+/// Does something in a transaction that stays on this node. `None` also if it failed, which has been reported.
+fn in_transaction(work: impl FnOnce() -> Option<i64> + UnwindSafe) -> Option<i64> {
     // SAFETY: the outermost frame of a process that is connected to a database; an ERROR is caught below.
     unsafe {
         pg_sys::SetCurrentStatementStartTimestamp();
@@ -259,7 +279,7 @@ fn run(query: &str, texts: &[Vec<u8>]) -> Option<i64> {
     RUNNING.store(true, Relaxed);
     compat::cancel_after(STATEMENT_TIMEOUT);
     let result = PgTryBuilder::new(|| {
-        let value = last_number(query, texts);
+        let value = work();
         // SAFETY: ends what was begun above. That may fail as well: the queue of notifications may be full.
         unsafe {
             pg_sys::PopActiveSnapshot();

@@ -572,7 +572,8 @@ fn beginning(text: &[u8], length: usize) -> &[u8] {
     &beginning[..end]
 }
 
-const JSON: u32 = 114;
+/// The type json.
+pub const JSON: u32 = 114;
 const JSONB: u32 = 3802;
 
 /// Writes the tuple as a JSON object in the database's encoding, one member per column; `only_key`: of the replica
