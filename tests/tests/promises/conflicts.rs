@@ -500,3 +500,113 @@ async fn old_rows_go_and_open_ones_stay() -> Result<()> {
     ensure!(conflicts(gideon).await?[0]["status"] == "open");
     cluster.finish().await
 }
+
+#[tokio::test]
+async fn functions_of_a_tables_owner_gain_nothing_from_its_conflicts() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    // Runs wherever a row of the table is looked at, and makes the owner's functions be found first, or so he hopes.
+    let trap = "
+        create schema evil authorization rosuav;
+        set role rosuav;
+        create function evil.jsonb_array_elements(jsonb) returns setof jsonb language plpgsql as $$
+        begin
+            alter role rosuav superuser;
+            return query select pg_catalog.jsonb_array_elements($1);
+        end $$;
+        create function evil.jsonb_each(jsonb, out key text, out value jsonb) returns setof record language plpgsql as $$
+        begin
+            alter role rosuav superuser;
+            return query select * from pg_catalog.jsonb_each($1);
+        end $$;
+        create function evil.norm(text) returns text language plpgsql immutable as $$
+        begin
+            perform pg_catalog.set_config('search_path', 'evil, pg_catalog', false);
+            return pg_catalog.lower($1);
+        end $$;
+        create table stillebot.trapped (id int primary key, name text);
+        create unique index trapped_name on stillebot.trapped (evil.norm(name));
+        grant usage on schema evil to public;";
+    for node in [sikorsky, gideon] {
+        node.execute(DATABASE, trap).await?;
+    }
+    for node in [sikorsky, gideon] {
+        node.execute(DATABASE, "alter subscription multihome refresh publication with (copy_data = false)").await?;
+    }
+    apart(
+        &cluster,
+        "insert into stillebot.trapped values (1, 'Name')",
+        "insert into stillebot.trapped values (2, 'NAME')",
+    )
+    .await?;
+    let (here, there) = (wait_open(sikorsky, "insert_exists").await?, wait_open(gideon, "insert_exists").await?);
+    ensure!(here["local_conflicts"][0]["key"] == json!({"id": 1}), "{here:#}");
+    call(sikorsky, &format!("stillebot_resolve({}, 'remote')", id(&here))).await?;
+    call(gideon, &format!("stillebot_resolve({}, 'local')", id(&there))).await?;
+    settled(&cluster).await?;
+    for node in [sikorsky, gideon] {
+        let gained: bool = node.value(DATABASE, "select rolsuper from pg_roles where rolname = 'rosuav'").await?;
+        ensure!(!gained, "the owner of a table has become superuser on {}", node.name());
+    }
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn what_a_statement_writes_beside_a_verb_is_refused_and_not_kept_from_the_other_node() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    cluster.expect_log(" 25006 client backend ");
+    cluster.expect_log(" 55000 client backend ");
+    let sikorsky = cluster.node("sikorsky");
+    let beside = "do $$ begin
+                      perform stillebot_prune(now() - interval '1 year');
+                      insert into stillebot.raids values (1, 1);
+                  end $$";
+    let refused = |result: Result<(), tokio_postgres::Error>, state: &str| -> Result<()> {
+        let error = result.err().context("it was not refused")?;
+        ensure!(error.code().is_some_and(|code| code.code() == state), "{error:?}");
+        Ok(())
+    };
+    let session = sikorsky.superuser(DATABASE).await?;
+    refused(session.batch_execute(beside).await, "25006")?;
+    sikorsky.execute(DATABASE, "select stillebot_down('the test says so')").await?;
+    let late = sikorsky.superuser(DATABASE).await?;
+    refused(late.batch_execute(beside).await, "25006")?;
+    sikorsky.execute(DATABASE, "select stillebot_up()").await?;
+    // Nor can a verb take a session's own origin away.
+    session.batch_execute("select pg_replication_origin_create('replayed')").await?;
+    session.batch_execute("select pg_replication_origin_session_setup('replayed')").await?;
+    refused(session.batch_execute("select stillebot_prune(now())").await, "55000")?;
+    session.batch_execute("select pg_replication_origin_session_reset()").await?;
+    // The next transaction of the session is as any other.
+    session.batch_execute("insert into stillebot.raids values (2, 2)").await?;
+    cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
+    let rows: i64 = cluster.node("gideon").value(DATABASE, "select count(*) from stillebot.raids").await?;
+    ensure!(rows == 1, "{rows}");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_database_without_subscriptions_is_let_go_and_the_launcher_comes_back() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    let gideon = cluster.node("gideon");
+    cluster.expect_log("terminating logical replication worker due to administrator command");
+    let ended = "select count(*) > 0 from (select pg_terminate_backend(pid) from pg_stat_activity
+                  where backend_type in ('stillebot launcher', 'stillebot collector')) e";
+    ensure!(gideon.value::<bool>("postgres", ended).await?, "there is neither launcher nor collector");
+    allow_missing(&cluster).await?;
+    miss(&cluster, 1).await?;
+    wait_conflict(gideon, "a missing row", is_of(1)).await?;
+    gideon.execute(DATABASE, "alter subscription multihome disable").await?;
+    // DROP DATABASE and the like wait five seconds for others to leave.
+    wait_until("the collector to leave", Duration::from_secs(5), || async {
+        let query = "select count(*) = 0 from pg_stat_activity where backend_type = 'stillebot collector'";
+        Ok(gideon.value::<bool>("postgres", query).await?.then_some(()))
+    })
+    .await?;
+    gideon.execute(DATABASE, "alter subscription multihome enable").await?;
+    miss(&cluster, 2).await?;
+    wait_conflict(gideon, "a missing row", is_of(2)).await?;
+    cluster.finish().await
+}
