@@ -1,11 +1,13 @@
 //! How long a conflict stops replication: from the commit of a row that cannot be applied until it is.
 //!
-//! A client that hears of the conflict and calls `stillebot_resolve()` at once is compared with plain PostgreSQL, where
-//! somebody reads the server's log without a pause, removes the row in the way at once, and waits for the worker's own
-//! next try. Whoever resolves, [`Collisions::collide`] and [`Collisions::wait_applied`] are all that it takes to measure
-//! it: that is the place for the agent's rules, `deactivate-older` on `stillebot.commands` first of all.
+//! A client that hears of the conflict and calls `stillebot_resolve()` at once, and the agent with a rule, are compared with
+//! plain PostgreSQL, where somebody reads the server's log without a pause, removes the row in the way at once, and waits
+//! for the worker's own next try.
 
-use std::time::{Duration, Instant};
+use std::{
+    process::Stdio,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use stillebot_tests::{
@@ -30,10 +32,12 @@ const GLANCE: Duration = Duration::from_millis(1);
 pub async fn measure(effort: &Effort) -> Result<Vec<Finding>> {
     println!("\nconflicts that stop apply, two nodes over TLS, fsync on, wal_retrieve_retry_interval = {RETRY}");
     let (told, resolved) = resolved_by_a_client(effort.conflicts).await?;
+    let ruled = resolved_by_rule(effort.conflicts).await?;
     let plain = removed_by_hand(effort.retries).await?;
     for (what, figures) in [
         ("until stillebot_conflict told of it", &told),
         ("until apply had passed it", &resolved),
+        ("on both nodes, by the agent's rule", &ruled),
         ("the same without the extension", &plain),
     ] {
         println!(
@@ -48,6 +52,13 @@ pub async fn measure(effort: &Effort) -> Result<Vec<Finding>> {
     Ok(vec![
         Finding::milliseconds(what, Some(GOAL), 0.5, &resolved),
         Finding::milliseconds("the same, p99", Some(GOAL), 0.99, &resolved),
+        Finding::milliseconds(
+            "the same on both nodes at once, by the agent's rule `deactivate-older`, p50",
+            Some(GOAL),
+            0.5,
+            &ruled,
+        ),
+        Finding::milliseconds("the same, p99", Some(GOAL), 0.99, &ruled),
         Finding::milliseconds(
             format!("the same without the extension, the row removed at once, p50 of {}", effort.retries),
             None,
@@ -80,6 +91,49 @@ async fn resolved_by_a_client(conflicts: usize) -> Result<(Figures, Figures)> {
     }
     collisions.finish().await?;
     Ok((Figures::milliseconds(told).context("no conflicts")?, Figures::milliseconds(passed).context("no conflicts")?))
+}
+
+/// What the operator of a bot would write.
+const RULE: &str = r#"
+[[rule]]
+table    = "stillebot.commands"
+strategy = "deactivate-older"
+flag     = "active"
+by       = "created"
+"#;
+
+/// Until apply had passed it on both nodes, each of which has made the same command active, with an agent that watches.
+async fn resolved_by_rule(conflicts: usize) -> Result<Figures> {
+    let collisions = Collisions::start(Cluster::builder()).await?;
+    collisions.cluster.configure_agent(RULE)?;
+    let mut agent = collisions.cluster.agent_command(&["watch"]);
+    let mut agent = agent.stdout(Stdio::null()).stderr(Stdio::null()).spawn().context("the agent does not start")?;
+    let here = collisions.subscriber().superuser(DATABASE).await?;
+    let mut passed = Vec::new();
+    // The first one is the agent's to get ready with.
+    for number in 0..=conflicts {
+        let began = collisions.collide_on_both(&here, number).await?;
+        for client in [&here, &collisions.there] {
+            let query = "select count(*) from stillebot.commands where twitchid = $1";
+            while client.query_one(query, &[&(number as i64)]).await?.get::<_, i64>(0) < 2 {
+                ensure!(began.elapsed() < PATIENCE, "it is not applied:\n{}", collisions.subscriber().log_tail(10));
+                sleep(GLANCE).await;
+            }
+        }
+        if number > 0 {
+            passed.push(began.elapsed());
+        }
+        for node in collisions.cluster.nodes() {
+            wait_until("the conflict to be settled", PATIENCE, || async {
+                let open: i64 = node.value(DATABASE, "select open_conflicts from stillebot_status()").await?;
+                Ok((open == 0).then_some(()))
+            })
+            .await?;
+        }
+    }
+    agent.kill().await?;
+    collisions.finish().await?;
+    Figures::milliseconds(passed).context("no conflicts")
 }
 
 /// Until apply had passed it, without the extension.
@@ -120,6 +174,8 @@ impl Collisions {
         let cluster =
             cluster.direct().config("fsync", "on").config("wal_retrieve_retry_interval", RETRY).start().await?;
         cluster.expect_log(ERROR);
+        // A worker may be started before the one that met the error has quite gone.
+        cluster.expect_log(" 55006 logical replication");
         let here = cluster.node(NAMES[1]).superuser(DATABASE).await?;
         here.batch_execute(
             "select pg_replication_origin_create('elsewhere'), pg_replication_origin_session_setup('elsewhere')",
@@ -144,6 +200,20 @@ impl Collisions {
             );
             client.batch_execute(&insert).await?;
         }
+        Ok(Instant::now())
+    }
+
+    /// Makes a command active on both nodes in transactions that overlap, so that each meets the other's. Returns when both
+    /// are committed.
+    async fn collide_on_both(&self, here: &Client, number: usize) -> Result<Instant> {
+        for (client, by) in [(here, "here"), (&self.there, "there")] {
+            let insert = format!(
+                "begin; insert into stillebot.commands (twitchid, cmdname, active, content) \
+                 values ({number}, 'bench', true, '\"{by}\"')"
+            );
+            client.batch_execute(&insert).await?;
+        }
+        tokio::try_join!(here.batch_execute("commit"), self.there.batch_execute("commit"))?;
         Ok(Instant::now())
     }
 
