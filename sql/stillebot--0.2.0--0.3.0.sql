@@ -419,7 +419,8 @@ comment on function multihome.progress(oid) is 'Up to where, in the publisher''s
 create function multihome.is_past(subscription oid, lsn pg_lsn) returns boolean
 language sql stable
 set search_path = pg_catalog, pg_temp
-return coalesce(multihome.progress(subscription) >= lsn, false)
+-- Beyond, not at it: when the transaction before has been applied its end is there, if the two commits are neighbours in the WAL.
+return coalesce(multihome.progress(subscription) > lsn, false)
        -- A transaction of which nothing was left to apply leaves no trace there; but keepalives are handled in order.
        or exists (select from pg_stat_subscription w
                    where w.subid = subscription and w.relid is null and w.leader_pid is null and w.pid is not null and w.latest_end_lsn > lsn);
@@ -677,7 +678,7 @@ begin atomic
     select count(*) filter (where multihome.exclude(l.subscription_oid, l.remote_commit_lsn, l.change_number, l.fingerprint))
       from multihome.log l
      where l.node = multihome.node_id() and l.answer = 'local' and l.conflict_type in ('insert_exists', 'update_exists', 'multiple_unique_conflicts')
-       and l.remote_commit_lsn is not null and coalesce(multihome.progress(l.subscription_oid) < l.remote_commit_lsn, true)
+       and l.remote_commit_lsn is not null and coalesce(multihome.progress(l.subscription_oid) <= l.remote_commit_lsn, true)
        and exists (select from pg_subscription s where s.oid = l.subscription_oid);
 end;
 revoke execute on function multihome.resume() from public;

@@ -610,3 +610,51 @@ async fn a_database_without_subscriptions_is_let_go_and_the_launcher_comes_back(
     wait_conflict(gideon, "a missing row", is_of(2)).await?;
     cluster.finish().await
 }
+
+#[tokio::test]
+async fn a_conflict_whose_commit_follows_another_commit_at_once_stays_open() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let (writer, committer) = (gideon.connect("rosuav", DATABASE).await?, gideon.connect("rosuav", DATABASE).await?);
+    // Where the one ends the other begins, unless a page of the WAL or somebody else's record comes between.
+    let mut met = None;
+    for key in 1..=10 {
+        sikorsky.execute(DATABASE, &format!("insert into stillebot.config values ({key}, 'k', '1')")).await?;
+        cluster.link("sikorsky", "gideon").cut().await?;
+        cluster.wait_applied("gideon", "sikorsky").await?;
+        sikorsky.execute(DATABASE, &format!("insert into stillebot.config values ({key}, 'l', '1')")).await?;
+        writer.batch_execute(&format!("begin; insert into stillebot.config values ({key}, 'l', '2')")).await?;
+        committer.batch_execute(&format!("begin; insert into stillebot.raids values ({key}, 1, '1')")).await?;
+        committer.batch_execute("commit").await?;
+        writer.batch_execute("commit").await?;
+        let conflict = wait_open(sikorsky, "insert_exists").await?;
+        let neighbours = format!(
+            "select multihome.progress(subscription_oid) = remote_commit_lsn from multihome.log where id = {}",
+            id(&conflict)
+        );
+        let neighbours: bool = sikorsky.value(DATABASE, &neighbours).await?;
+        if neighbours {
+            met = Some(conflict);
+        } else {
+            call(sikorsky, &format!("stillebot_resolve({}, 'local')", id(&conflict))).await?;
+        }
+        cluster.link("sikorsky", "gideon").heal().await?;
+        if met.is_some() {
+            break;
+        }
+        let there = wait_open(gideon, "insert_exists").await?;
+        call(gideon, &format!("stillebot_resolve({}, 'remote')", id(&there))).await?;
+        settled(&cluster).await?;
+    }
+    let met = met.context("no two commits were neighbours")?;
+    // The second attempt: nobody has taken it for resolved meanwhile.
+    let again =
+        wait_conflict(sikorsky, "it again", |row| row["occurrences"].as_i64() > met["occurrences"].as_i64()).await?;
+    ensure!(again["status"] == "open" && again["resolved_at"].is_null(), "{again:#}");
+    call(sikorsky, &format!("stillebot_resolve({}, 'local')", id(&met))).await?;
+    let there = wait_open(gideon, "insert_exists").await?;
+    call(gideon, &format!("stillebot_resolve({}, 'remote')", id(&there))).await?;
+    settled(&cluster).await?;
+    cluster.finish().await
+}
