@@ -9,21 +9,40 @@ mod ways;
 
 use std::{
     ffi::OsStr,
-    process::ExitCode,
+    process::{ExitCode, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sys::signal::{self, Signal},
+    unistd::Pid,
+};
 use stage::Stage;
 use stillebot_tests::{
     Cluster, Hopped, Installation, Report, Rows, Server, Workload, WorkloadOptions, cluster::DATABASE,
     figures::Figures, server::keep_requested, wait::PATIENCE, wait_until,
 };
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{Child, ChildStdout},
+    time::timeout,
+};
 
 const HOPS: usize = 10;
 /// How long queued writes get at the end of a workload.
 const GRACE: Duration = Duration::from_secs(10);
+/// How long two versions of one command may last, from when the nodes hear each other again.
+const QUARREL: Duration = Duration::from_secs(1);
+/// What a bot's operator would write into agent.toml: of two versions of a command the later one is active, and bots hear of it.
+const RULE: &str = r#"
+[[rule]]
+table    = "stillebot.commands"
+strategy = "deactivate-older"
+flag     = "active"
+by       = "created"
+notify   = { channel = "stillebot.commands", payload = "{twitchid}:{cmdname}" }
+"#;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -86,6 +105,9 @@ async fn build() -> Result<Cluster> {
     // Of client backends only: replication is never refused.
     cluster.expect_log(" 25006 client backend ");
     cluster.expect_log("there is no transaction in progress");
+    // Core says of a conflict what it always says, and of a worker that is started before the last one has quite gone.
+    cluster.expect_log(" 23505 logical replication ");
+    cluster.expect_log(" 55006 logical replication ");
     for node in cluster.nodes() {
         node.execute(DATABASE, &format!("set role rosuav; {}", ways::PROPS)).await?;
     }
@@ -101,11 +123,12 @@ struct Seen {
 
 async fn scenes(stage: &mut Stage, cluster: &Cluster) -> Result<()> {
     let mut seen = Seen::default();
-    // While both nodes are written or one dies, each client keeps to rows of its own on each node: conflicts are
-    // another story. In between, the same rows on whatever node is live: whoever opened too early would be found out.
+    // While both nodes are written or one dies, each client keeps to rows of its own on each node: the only conflict is
+    // the one that is made. In between, the same rows on whatever node is live: whoever opened too early would be found out.
     let together = WorkloadOptions { pause: Duration::from_millis(10), ..Default::default() };
     let apart = WorkloadOptions { rows: Rows::PerClientAndNode, ..together.clone() };
     let workload = replication(stage, cluster, &apart).await?;
+    conflict(stage, cluster).await?;
     down(stage, cluster).await?;
     let next = Workload::start(cluster, together);
     seen.reports.push(workload.stop(GRACE).await?);
@@ -178,6 +201,142 @@ async fn replication(stage: &mut Stage, cluster: &Cluster, options: &WorkloadOpt
         ),
     );
     Ok(workload)
+}
+
+async fn conflict(stage: &mut Stage, cluster: &Cluster) -> Result<()> {
+    let nodes = [cluster.node("sikorsky"), cluster.node("gideon")];
+    stage.scene(
+        "A conflict",
+        "Both sides save the command !hug while they cannot hear each other. PostgreSQL lets only one version be active, so \
+         replication stops, both ways. stillebot-agent watch runs, and its configuration has a rule for commands.",
+    );
+    nodes[0].execute(DATABASE, &save_hug("hugs everyone")).await?;
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    cluster.configure_agent(RULE)?;
+    let mut watch = Watch::start(cluster).await?;
+
+    for node in nodes {
+        node.execute(DATABASE, "alter subscription multihome disable").await?;
+    }
+    for node in nodes {
+        // A slot is not given to the next worker before it is left by the last one.
+        wait_until("nobody to read the slot", PATIENCE, || async {
+            Ok(node.value::<bool>(DATABASE, "select not active from pg_replication_slots").await?.then_some(()))
+        })
+        .await?;
+    }
+    nodes[0].execute(DATABASE, &save_hug("hugs from sikorsky")).await?;
+    nodes[1].execute(DATABASE, &save_hug("hugs from gideon")).await?;
+    let mut bot = nodes[1].listen("rosuav", DATABASE).await?;
+    bot.client.batch_execute("listen \"stillebot.commands\"").await?;
+    for node in nodes {
+        node.execute(DATABASE, "alter subscription multihome enable").await?;
+    }
+    let enabled = Instant::now();
+    // The later one, on both.
+    let active = "select coalesce(string_agg(content ->> 'message', ' and ') filter (where active), 'none'), count(*) \
+                  from stillebot.commands where twitchid = 1 and cmdname = 'hug'";
+    let sessions = [nodes[0].superuser(DATABASE).await?, nodes[1].superuser(DATABASE).await?];
+    let took = wait_until("one version of the command", PATIENCE, || async {
+        for session in &sessions {
+            let row = session.query_one(active, &[]).await?;
+            if (row.get::<_, &str>(0), row.get::<_, i64>(1)) != ("hugs from gideon", 3) {
+                return Ok(None);
+            }
+        }
+        Ok(Some(enabled.elapsed()))
+    })
+    .await?;
+    // What was decided goes into the log, and to the bots, at the end of it.
+    let resolved = watch.hear(" resolved: ").await?;
+    let agents = "select array_agg(pid) from pg_stat_activity where application_name = 'stillebot-agent'";
+    let agents: Vec<i32> = nodes[1].value(DATABASE, agents).await?;
+    // Other bots save commands, and triggers tell of that.
+    let heard = async {
+        while let Some(told) = bot.notifications.recv().await {
+            if told.payload() == "1:hug" && agents.contains(&told.process_id()) {
+                return Ok(format!("NOTIFY \"{}\", '{}'", told.channel(), told.payload()));
+            }
+        }
+        bail!("disconnected")
+    };
+    let heard = timeout(PATIENCE, heard).await.context("no bot was told")??;
+
+    for (node, other) in [(nodes[0], nodes[1]), (nodes[1], nodes[0])] {
+        let row: Option<String> = node
+            .value(
+                DATABASE,
+                "select min(format('%s in %s.%s, %s: %s came in, %s was there; %s', conflict_type, schemaname, relname, constraint_name, \
+                            remote_tuple -> 'content' -> 'message', local_conflicts -> 0 -> 'tuple' -> 'content' -> 'message', status)) \
+                   from multihome.conflicts where relname = 'commands'",
+            )
+            .await?;
+        let row = row.unwrap_or_default();
+        let both = row.contains("from sikorsky") && row.contains("from gideon") && row.ends_with("resolved");
+        stage.promise(both, format!("multihome.conflicts on {}, of what {} sent: {row}", node.name(), other.name()));
+    }
+    stage.say(&format!("The agent: {resolved}"));
+    stage.promise(
+        took < QUARREL,
+        format!(
+            "both have the later version active, {} after replication's return; nobody did anything",
+            milliseconds(took)
+        ),
+    );
+    stage.promise(true, "nothing is lost: all three versions are on both nodes, two of them inactive");
+    stage.promise(true, format!("a bot on gideon heard of it: {heard}"));
+    watch.end().await
+}
+
+/// Saves a command as the bot does: the version before is kept.
+fn save_hug(message: &str) -> String {
+    format!(
+        "begin;
+         update stillebot.commands set active = false where twitchid = 1 and cmdname = 'hug' and active;
+         insert into stillebot.commands (twitchid, cmdname, active, content)
+           values (1, 'hug', true, jsonb_build_object('message', '{message}'));
+         commit"
+    )
+}
+
+/// An agent that watches, and resolves by its rules.
+struct Watch {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Watch {
+    /// Returns when it says that it watches.
+    async fn start(cluster: &Cluster) -> Result<Self> {
+        // Nobody reads what it has for the journal.
+        let mut child = cluster.agent_command(&["watch"]).stderr(Stdio::null()).spawn().context("no agent")?;
+        let lines = BufReader::new(child.stdout.take().context("no stdout")?).lines();
+        let mut watch = Self { child, lines };
+        watch.hear("watching").await?;
+        Ok(watch)
+    }
+
+    /// The first line from here on with that word, without its time.
+    async fn hear(&mut self, word: &str) -> Result<String> {
+        let hear = async {
+            while let Some(line) = self.lines.next_line().await? {
+                if line.contains(word) {
+                    return Ok(line.split_once(' ').map_or_else(|| line.clone(), |(_, text)| text.to_owned()));
+                }
+            }
+            bail!("the watching agent has ended")
+        };
+        timeout(PATIENCE, hear).await.with_context(|| format!("the watching agent does not say {word:?}"))?
+    }
+
+    /// Ends it as systemd does.
+    async fn end(mut self) -> Result<()> {
+        let pid = Pid::from_raw(self.child.id().context("the watching agent has ended")?.try_into()?);
+        signal::kill(pid, Signal::SIGTERM)?;
+        let status = timeout(PATIENCE, self.child.wait()).await.context("the watching agent does not end")??;
+        ensure!(status.success(), "the watching agent: {status}");
+        Ok(())
+    }
 }
 
 async fn down(stage: &mut Stage, cluster: &Cluster) -> Result<()> {
@@ -407,7 +566,9 @@ fn leave(stage: &Stage, cluster: Cluster) -> Result<()> {
     let agent = cluster.agent_command(&[]);
     let words = std::iter::once(agent.as_std().get_program()).chain(agent.as_std().get_args());
     println!("   agent='{}'", words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" "));
-    for command in ["status", "hop gideon", "down gideon --reason 'just trying'", "up gideon"] {
+    let commands =
+        ["status", "hop gideon", "down gideon --reason 'just trying'", "up gideon", "conflicts list --all", "watch"];
+    for command in commands {
         println!("   $agent {command}");
     }
 
