@@ -983,12 +983,14 @@ begin
     end if;
     update multihome.log as l
        set status = 'resolved', blocking = false, answer = kept, resolved_by = session_user, resolved_at = clock_timestamp(),
-           -- What goes is kept here, and whole, unless nothing but keys may be kept.
-           local_conflicts = case when kept = 'local' then l.local_conflicts
-                                  when multihome.is_redacted(l.schemaname, l.relname) then (select jsonb_agg(r - 'tuple') from jsonb_array_elements(multihome.without_places(way, true)) as r)
+           -- What goes is kept here, and whole; of a redacted table, its key.
+           local_conflicts = case when way = '[]' or kept = 'local' then l.local_conflicts
+                                  when multihome.is_redacted(l.schemaname, l.relname)
+                                  then (select jsonb_agg(r - 'tuple') from jsonb_array_elements(multihome.without_places(way, false)) as r)
                                   else multihome.without_places(way, false) end,
-           resolution = case kept when 'local' then format('kept local%s: the incoming %s was left out', reason, l.operation)
-                                  else format('kept remote%s: %s local rows removed, as in local_conflicts', reason, gone) end
+           resolution = case when kept = 'local' then format('kept local%s: the incoming %s was left out', reason, l.operation)
+                             when multihome.is_redacted(l.schemaname, l.relname) then format('kept remote%s: %s local rows removed, their keys are in local_conflicts', reason, gone)
+                             else format('kept remote%s: %s local rows removed, kept here in local_conflicts', reason, gone) end
      where l.node = entry.node and l.id = entry.id;
     perform multihome.go_on(entry);
     perform multihome.end_local();
