@@ -45,6 +45,7 @@ unsafe extern "C-unwind" {
     pub fn GetCurrentTimestamp() -> pg_sys::TimestampTz;
     fn ApplyLauncherForgetWorkerStartTime(subscription: pg_sys::Oid);
     fn ApplyLauncherWakeupAtCommit();
+    fn replorigin_session_get_progress(flush: bool) -> pg_sys::XLogRecPtr;
     fn replorigin_session_advance(remote_commit: pg_sys::XLogRecPtr, local_commit: pg_sys::XLogRecPtr);
     pub fn RecoveryInProgress() -> bool;
     pub fn geterrcode() -> c_int;
@@ -231,6 +232,16 @@ pub fn my_subscription() -> Option<(u32, u32)> {
     // logical replication tablesync worker for subscription %u sync %u
     let number = |after: &str| name.split_once(after)?.1.split(' ').next()?.parse().ok();
     Some((number("subscription ")?, number(" sync ").unwrap_or(0)))
+}
+
+/// Has everything flushed that workers of this subscription have applied. Not in a hook: may write, and wait.
+pub fn flush_applied() {
+    // SAFETY: an origin that is set is one that the worker has set up, before it started streaming.
+    unsafe {
+        if pg_sys::replorigin_session_origin != pg_sys::InvalidRepOriginId as pg_sys::RepOriginId {
+            replorigin_session_get_progress(true);
+        }
+    }
 }
 
 /// Notes that this apply worker has got past a remote transaction that left no commit here. Not in a hook: takes an LWLock.

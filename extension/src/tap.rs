@@ -76,6 +76,12 @@ unsafe extern "C-unwind" fn start_streaming(
 ) -> bool {
     // SAFETY: arguments are passed on as they came; libpqwalreceiver has all functions.
     unsafe {
+        if (*options).logical && compat::IsLogicalWorker() {
+            // Apply commits without waiting for the disk, and a worker tells the publisher that all is flushed when it knows
+            // of nothing that is not: it does not know what the worker before it had applied last. A crash in that moment
+            // would lose it for good. We have workers follow each other faster than core does, so this is ours to close.
+            compat::flush_applied();
+        }
         let started = real().walrcv_startstreaming.unwrap_unchecked()(connection, options);
         if started && (*options).logical && compat::IsLogicalWorker() {
             tap().begin();

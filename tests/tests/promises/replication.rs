@@ -214,3 +214,29 @@ async fn after_drop_extension_plain_replication_goes_on_both_ways() -> Result<()
     }
     cluster.finish().await
 }
+
+/// Apply commits without waiting for the disk. A worker that follows one that has ended knows nothing of what that one had
+/// not flushed yet, and would tell the publisher that all of it is safe.
+#[tokio::test]
+async fn what_a_worker_applied_is_on_disk_before_the_next_one_says_so() -> Result<()> {
+    // Nothing is flushed by itself for as long as the test takes.
+    let cluster = Cluster::builder().config("wal_writer_delay", "10s").start().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    gideon.expect_log(" 57P01 ");
+    sikorsky.execute(DATABASE, "insert into stillebot.raids values (1, 1)").await?;
+    let written: String = sikorsky.value(DATABASE, "select pg_current_wal_lsn()::text").await?;
+    wait_rows(gideon, "stillebot.raids", 1).await?;
+    gideon.execute(DATABASE, "select pg_terminate_backend(pid) from pg_stat_subscription where relid is null").await?;
+    let confirmed =
+        format!("select confirmed_flush_lsn >= '{written}' from pg_replication_slots where slot_name = 'multihome'");
+    wait_until("the next worker to say that it has the row", PATIENCE, || async {
+        Ok(sikorsky.value::<bool>(DATABASE, &confirmed).await?.then_some(()))
+    })
+    .await?;
+    gideon.kill().await?;
+    gideon.start().await?;
+    wait_rows(gideon, "stillebot.raids", 1).await?;
+    cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
+    cluster.finish().await
+}
