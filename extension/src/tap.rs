@@ -4,13 +4,13 @@
 //! what caused it; it makes core say when a row to be changed is not there; and it leaves out a change that the operator
 //! resolved against. Otherwise nothing passes differently than it would without us.
 //!
-//! The way in is `WalReceiverFunctions`, the table through which core calls libpqwalreceiver: a copy of it with two
+//! The way in is `WalReceiverFunctions`, the table through which core calls libpqwalreceiver: a copy of it with three
 //! functions replaced is put in its place before the server has children. Physical receivers use it too, and so does the
 //! initial copy of a table, whose rows are no messages: both pass untouched, because only a logical worker that has
 //! started streaming is listened to.
 //!
-//! The two functions are plain frames, as hooks are: what core raises below them passes over them by longjmp. Nothing here
-//! raises, and memory is bounded.
+//! The three functions are plain frames, as hooks are: what core raises below them passes over them by longjmp. Nothing of
+//! ours raises, and memory is bounded.
 
 use std::cell::UnsafeCell;
 use std::ffi::{c_char, c_int};
