@@ -23,16 +23,19 @@ use crate::{compat, conflicts, local};
 /// How often the launcher and collectors look without having been woken: a wake-up can get lost when the one to be woken
 /// is just being replaced.
 const LOOK: Duration = Duration::from_secs(1);
-/// How often a collector looks whether old rows can go and whether its database still has subscriptions.
-const UPKEEP: Duration = Duration::from_secs(2);
+/// How often a collector looks whether its database still has subscriptions: DROP DATABASE and the like wait five seconds
+/// for processes in it to leave.
+const LEAVE: Duration = Duration::from_secs(2);
+/// How often it looks whether old rows can go, which reads all of the log.
+const UPKEEP: Duration = Duration::from_secs(10);
 /// How long an event that could not be recorded is left alone before it is tried again.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Events that are recorded in one transaction.
 const BATCH: usize = 100;
-/// How long a statement may take.
-const STATEMENT_TIMEOUT: Duration = Duration::from_secs(20);
 /// Such transactions in a row.
 const ROUNDS: usize = 20;
+/// How long a statement may take.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(20);
 const RECORD: &str = "select multihome.record($1::jsonb)";
 
 /// Whether this process is a collector. Set before it connects, because its database may be down.
@@ -113,7 +116,8 @@ pub extern "C-unwind" fn stillebot_collector_main(database: pg_sys::Datum) {
     BackgroundWorker::connect_worker_to_spi_by_oid(Some(database), None);
     queue.want();
     // SAFETY: settings of this process, set as any session may. The log must not wait for a table that somebody has locked,
-    // nor be lost with the newest commits, and writes values in the same way on all nodes. Plans are made once, when the log may be empty, and must do when it is long.
+    // and writes values in the same way on all nodes. Plans are made once, when the log may be empty, and must do when it is
+    // long.
     unsafe {
         for (name, value) in [
             (c"lock_timeout", c"1s"),
@@ -144,7 +148,7 @@ unsafe extern "C-unwind" fn leave(_code: i32, database: pg_sys::Datum) {
 fn collect(queue: &'static Queue) {
     // At once, for what was resolved before the server started must be in force before apply comes there.
     run("select multihome.resume()", &[]);
-    let mut upkeep_at = Instant::now();
+    let (mut upkeep_at, mut leave_at) = (Instant::now(), Instant::now());
     let mut first = true;
     loop {
         // SAFETY: reloads settings, as every process does when it was told to.
@@ -161,8 +165,10 @@ fn collect(queue: &'static Queue) {
         if upkeep_at.elapsed() >= UPKEEP {
             upkeep_at = Instant::now();
             run("select multihome.upkeep()", &[]);
-            // DROP DATABASE and the like wait five seconds for processes in it to leave.
-            if !news.more && subscriptions() == Some(0) {
+        }
+        if !news.more && leave_at.elapsed() >= LEAVE {
+            leave_at = Instant::now();
+            if subscriptions() == Some(0) {
                 queue.dismiss();
                 return;
             }
@@ -219,18 +225,18 @@ fn drain(queue: &Queue) -> News {
 
 /// Has one event written down, if it can be: if need be, after a while, and without the rows that it brings.
 fn recorded(record: &[u8]) -> bool {
-    for bare in [false, true, true] {
+    for (attempt, bare) in [false, true, true].into_iter().enumerate() {
+        let until = Instant::now() + if attempt == 0 { Duration::ZERO } else { PAUSE };
+        while Instant::now() < until {
+            if !BackgroundWorker::wait_latch(Some(until.saturating_duration_since(Instant::now()))) {
+                return false;
+            }
+        }
         if is_ending() {
             return false;
         }
         if run(RECORD, &[json(record, bare)]).is_some() {
             return true;
-        }
-        let until = Instant::now() + PAUSE;
-        while Instant::now() < until {
-            if !BackgroundWorker::wait_latch(Some(until.saturating_duration_since(Instant::now()))) {
-                return false;
-            }
         }
     }
     false
@@ -242,12 +248,13 @@ fn is_ending() -> bool {
     unsafe { (&raw const pg_sys::ShutdownRequestPending).read_volatile() != 0 }
 }
 
+/// The parameter of [`RECORD`].
 fn json(record: &[u8], bare: bool) -> Vec<u8> {
-    match Event::read(record) {
+    compat::valid_in_server_encoding(match Event::read(record) {
         Some(event) if bare => Event { changes: &[], ..event }.to_json(),
         Some(event) => event.to_json(),
         None => Vec::new(), // Which no cast accepts.
-    }
+    })
 }
 
 /// How many subscriptions of this database may have something to tell. Asked with or without the extension.
@@ -319,8 +326,7 @@ fn last_number(query: &str, texts: &[Vec<u8>]) -> Option<i64> {
     }
     let mut last = None;
     for text in texts {
-        let text = compat::valid_in_server_encoding(text.clone());
-        last = conflicts::one_bigint(query, &[Some(&text)]);
+        last = conflicts::one_bigint(query, &[Some(text)]);
     }
     last
 }

@@ -477,14 +477,10 @@ impl Tap {
     }
 
     fn begin_transaction(&mut self, delivery: Delivery, xid: u32, lsn: u64, commit_ts: i64) {
-        self.transaction.reset();
-        self.transaction = Transaction {
-            delivery,
-            xid,
-            lsn,
-            commit_ts,
-            ..std::mem::replace(&mut self.transaction, Transaction::new())
-        };
+        let transaction = &mut self.transaction;
+        transaction.reset();
+        (transaction.delivery, transaction.xid) = (delivery, xid);
+        (transaction.lsn, transaction.commit_ts) = (lsn, commit_ts);
         self.unmade.clear();
         self.excluded.clear();
         self.excluded.extend(shmem::excluded(self.subscription, lsn));
