@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 use tokio_postgres::types::PgLsn;
 
-use crate::cmd::Context;
+use crate::cmd::{Context, hostname};
 use crate::config::{Rule, Strategy};
 use crate::conflict::{self, Conflict};
 use crate::crew::{Crew, LOOK_BOUND};
@@ -245,7 +245,8 @@ pub async fn resolve_by_rules(
 
     let attempt = attempts.begin(node, id);
     let limits = Limits::new(RULE_BOUND, &context.signals);
-    let mut work = Work::new(context, crew, limits, format!("stillebot-agent watch on {}", hostname()));
+    let mut work =
+        Work::new(context, crew, limits, format!("stillebot-agent watch on {}", hostname().as_deref().unwrap_or("?")));
     let result = work.by_rule(rule, &conflict).await;
     let deeds = std::mem::take(&mut work.deeds);
     let mut notes = Vec::new();
@@ -299,10 +300,6 @@ pub async fn resolve_by_rules(
     };
     crew.unlock().await;
     Outcome { end, deeds, notes }
-}
-
-fn hostname() -> String {
-    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "?".into())
 }
 
 enum ByRule {

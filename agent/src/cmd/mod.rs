@@ -201,8 +201,12 @@ pub async fn write_active(crew: &mut Crew<'_>, config: &Config, at: &str, node: 
 /// User and host of this process, for the servers' records.
 pub fn whoami() -> String {
     let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.name);
-    let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
-    format!("{}@{}", user.as_deref().unwrap_or("?"), host.as_deref().unwrap_or("?"))
+    format!("{}@{}", user.as_deref().unwrap_or("?"), hostname().as_deref().unwrap_or("?"))
+}
+
+/// The name of this host.
+pub fn hostname() -> Option<String> {
+    nix::unistd::gethostname().ok()?.into_string().ok()
 }
 
 /// The failure for nodes that cannot be reached.

@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_postgres::Notification;
 
-use super::{Context, Reply, print};
+use super::{Context, Reply, hostname, print};
 use crate::alarm::{self, Alarms, Word};
 use crate::condition::Finding;
 use crate::config::{Node, Watch};
@@ -147,7 +147,7 @@ impl<'a> Hands<'a> {
 
 /// The node of this host: the one that is named as it, or has its name as host.
 fn own_node(context: &Context) -> Option<&Node> {
-    let name = nix::unistd::gethostname().ok()?.into_string().ok()?;
+    let name = hostname()?;
     let short = name.split('.').next()?;
     let same = |other: &str| other.eq_ignore_ascii_case(&name) || other.eq_ignore_ascii_case(short);
     context.config.nodes.iter().find(|node| same(&node.name) || same(&node.host))
