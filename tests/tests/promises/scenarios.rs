@@ -863,6 +863,12 @@ async fn a_connection_that_breaks_or_stands_still_is_a_fault_that_heals_and_neve
         Ok(text(gideon, faults).await?.filter(|found| found.contains("08006 false")))
     })
     .await?;
+    // A worker that waits for its connection has heard nothing yet.
+    link.freeze().await?;
+    wait_until("a worker that connects", PATIENCE, || async {
+        Ok((count(gideon, "pg_stat_subscription where pid is not null").await? > 0).then_some(()))
+    })
+    .await?;
     let shown = text(gideon, "select faults from stillebot_status()").await?.context("no faults")?;
     ensure!(shown.contains("multihome: SQLSTATE 08006"), "{shown}");
     link.heal().await?;
