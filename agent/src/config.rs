@@ -39,6 +39,41 @@ pub struct Config {
     pub watch: Watch,
     /// What is done about conflicts without asking, in the order of the file.
     pub rules: Vec<Rule>,
+    /// What subscriptions connect with.
+    pub replication: Replication,
+}
+
+/// What the subscriptions of all nodes connect to their publishers with. Paths are the servers', not the agent's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replication {
+    /// The role.
+    pub user: String,
+    /// What is verified.
+    pub mode: TlsMode,
+    /// `sslrootcert`.
+    pub root: Option<PathBuf>,
+    /// `sslcert`.
+    pub cert: Option<PathBuf>,
+    /// `sslkey`.
+    pub key: Option<PathBuf>,
+    /// `passfile`, where a password takes the certificate's place.
+    pub passfile: Option<PathBuf>,
+}
+
+/// What is different for one node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeReplication {
+    /// Where its peers reach it, if that is another name than the agent's.
+    pub host: Option<String>,
+    /// The port there.
+    pub port: Option<u16>,
+    /// `sslrootcert` of its own subscriptions.
+    pub root: Option<PathBuf>,
+    /// `sslcert` of its own subscriptions.
+    pub cert: Option<PathBuf>,
+    /// `sslkey` of its own subscriptions.
+    pub key: Option<PathBuf>,
 }
 
 /// libpq's `sslmode`, `sslrootcert`, `sslcert`, `sslkey`.
@@ -91,6 +126,8 @@ pub struct Node {
     pub family: Family,
     /// What goes into [`Active`] when this node is the active side.
     pub active_name: String,
+    /// Where it is not reached by, or does not use, what [`Config::replication`] says.
+    pub replication: NodeReplication,
 }
 
 impl Node {
@@ -213,6 +250,18 @@ struct File {
     watch: Option<FileWatch>,
     #[serde(default)]
     rule: Vec<FileRule>,
+    replication: Option<FileReplication>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct FileReplication {
+    user: Option<String>,
+    mode: Option<TlsMode>,
+    root: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    passfile: Option<PathBuf>,
 }
 
 #[derive(Deserialize, Default)]
@@ -241,6 +290,8 @@ struct FileNode {
     #[serde(default)]
     family: Family,
     active_name: Option<String>,
+    #[serde(default)]
+    replication: NodeReplication,
 }
 
 #[derive(Deserialize, Default)]
@@ -370,7 +421,8 @@ impl Config {
         let passfile = path("PGPASSFILE").or_else(|| home.map(|home| home.join(".pgpass")));
         let watch = watch(file.watch.unwrap_or_default())?;
         let rules = file.rule.into_iter().map(|file| rule(file, &nodes)).collect::<Result<_, _>>()?;
-        Ok(Self { database, user, publication, subscription, tls, active, nodes, passfile, watch, rules })
+        let replication = replication(file.replication.unwrap_or_default())?;
+        Ok(Self { database, user, publication, subscription, tls, active, nodes, passfile, watch, rules, replication })
     }
 
     /// The node of that name.
@@ -397,7 +449,7 @@ fn nodes(file: Vec<FileNode>, with_active: bool) -> Result<Vec<Node>, String> {
     let mut places = BTreeSet::new();
     let mut nodes: Vec<Node> = Vec::new();
     for node in file {
-        let FileNode { name, host, port, family, active_name } = node;
+        let FileNode { name, host, port, family, active_name, replication } = node;
         if name.is_empty() || !name.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c)) {
             return Err(format!("node.name: {name:?}: only letters, digits, '_', '-' and '.' are allowed"));
         }
@@ -407,7 +459,7 @@ fn nodes(file: Vec<FileNode>, with_active: bool) -> Result<Vec<Node>, String> {
         if !names.insert(name.clone()) {
             return Err(format!("node.name: {name:?} is there twice"));
         }
-        if host.is_empty() || host.contains(|c: char| c.is_whitespace() || c == ',') {
+        if !is_host(&host) {
             return Err(format!("node.host of {name}: must be one host name, address or socket directory"));
         }
         if port == 0 {
@@ -436,9 +488,36 @@ fn nodes(file: Vec<FileNode>, with_active: bool) -> Result<Vec<Node>, String> {
         if let Some(other) = nodes.iter().find(|node| with_active && node.active_name == active_name) {
             return Err(format!("node.active_name of {name}: {active_name:?} is that of {} already", other.name));
         }
-        nodes.push(Node { name, host, port, family, active_name });
+        let flaw = |text: &str| Err(format!("node.replication of {name}: {text}"));
+        if replication.host.as_ref().is_some_and(|host| !is_host(host)) {
+            return flaw("host must be one host name, address or socket directory");
+        }
+        if replication.port == Some(0) {
+            return flaw("port must be 1 to 65535");
+        }
+        if replication.cert.is_some() != replication.key.is_some() {
+            return flaw("cert and key go together");
+        }
+        nodes.push(Node { name, host, port, family, active_name, replication });
     }
     Ok(nodes)
+}
+
+/// One host, in libpq's meaning, that takes lists too.
+fn is_host(host: &str) -> bool {
+    !host.is_empty() && !host.contains(|c: char| c.is_whitespace() || c == ',')
+}
+
+fn replication(file: FileReplication) -> Result<Replication, String> {
+    let FileReplication { user, mode, root, cert, key, passfile } = file;
+    let user = user.unwrap_or_else(|| "replicator".into());
+    if user.is_empty() || user.len() > 63 {
+        return Err("replication.user: must have 1 to 63 bytes".into());
+    }
+    if cert.is_some() != key.is_some() {
+        return Err("replication: cert and key go together".into());
+    }
+    Ok(Replication { user, mode: mode.unwrap_or_default(), root, cert, key, passfile })
 }
 
 fn watch(file: FileWatch) -> Result<Watch, String> {

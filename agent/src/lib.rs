@@ -12,6 +12,7 @@
 //! resolver.rs does it on the nodes, for `conflicts` and by rules
 //! order.rs   which of two values of a column is the greater
 //! template.rs texts with columns in them
+//! conninfo.rs libpq's connection strings
 //! crew.rs    the sessions of one command, each holding its node's lock
 //! sight.rs   what one node tells the watchdog
 //! watchdog.rs what is wrong with replication, without IO
@@ -31,6 +32,7 @@ pub mod cmd;
 pub mod condition;
 pub mod config;
 pub mod conflict;
+pub mod conninfo;
 pub mod crew;
 pub mod facts;
 pub mod failure;
