@@ -3,17 +3,21 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
+# As for cargo: where everything goes that is built, fetched or found.
+target      := $(abspath $(or $(CARGO_TARGET_DIR),target))
 # What `make setup` found or fetched; PG_CONFIG=... on the command line wins.
-pg_config    = $$(cat target/pg_config)
+pg_config    = $$(cat '$(target)/pg_config')
 # The cargo features of the extension: one major version of PostgreSQL.
 pg_features  = --no-default-features --features pg$$($(pg_config) --version | sed -E 's/^PostgreSQL ([0-9]+).*/\1/')
 # pgrx reads the one, the test harness the other.
-environment  = export PGRX_PG_CONFIG_PATH=$(pg_config) PG_CONFIG=$(pg_config) STILLEBOT_AGENT=$(CURDIR)/target/release/stillebot-agent;
+environment  = export PGRX_PG_CONFIG_PATH=$(pg_config) PG_CONFIG=$(pg_config) STILLEBOT_AGENT='$(target)/release/stillebot-agent';
 CARGO       ?= cargo
 # Tests spend their time waiting for servers: more of them at once than there are processors.
 TEST_THREADS ?= 6
 
-.PHONY: help setup build install install-agent demo test fuzz bench lint clean
+VERSION      = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+
+.PHONY: help setup build install install-agent manual deb demo test fuzz bench lint clean
 
 help:
 	@echo 'make demo                 two live servers, hopped between under load; KEEP=1 leaves them running'
@@ -23,7 +27,8 @@ help:
 	@echo 'make setup                packages and a PostgreSQL >= 16 (the other targets call it); PG_CONFIG=... to choose one'
 	@echo 'make build                the extension and the agent, under target/release'
 	@echo 'make install PG_CONFIG=/usr/lib/postgresql/16/bin/pg_config   the extension into that PostgreSQL; honours DESTDIR'
-	@echo 'make install-agent        the agent and its systemd unit into $$(PREFIX), /usr/local by default; honours DESTDIR'
+	@echo 'make install-agent        the agent, its systemd unit, man pages and completions into $$(PREFIX), /usr/local by default; honours DESTDIR'
+	@echo 'make deb PG_CONFIG=...    both as Debian packages, under target/deb'
 	@echo 'make lint                 formatting and clippy, without a warning'
 	@echo 'make clean                removes target/, fetched servers included'
 
@@ -40,17 +45,32 @@ install: setup
 	mkdir -p "$$library" "$$share" 2>/dev/null && test -w "$$library" && test -w "$$share" || \
 	  { echo "make install: cannot write to $$library and $$share; run it as their owner (root, usually)" >&2; exit 1; }; \
 	rm -f "$$library/stillebot.so"; \
-	install -m 755 target/release/libstillebot.so "$$library/stillebot.so"; \
+	install -m 755 '$(target)/release/libstillebot.so' "$$library/stillebot.so"; \
 	install -m 644 extension/stillebot.control sql/stillebot--*.sql "$$share/"; \
 	echo "installed stillebot into $$library and $$share"
 
 PREFIX ?= /usr/local
-install-agent: setup
+# Where zsh looks: Debian keeps its packages apart from what is installed by hand.
+ZSH_COMPLETIONS = $(if $(filter /usr,$(PREFIX)),vendor-completions,site-functions)
+install-agent: manual
 	@$(environment) $(CARGO) build --release --locked --package stillebot-agent
-	install -D -m 755 target/release/stillebot-agent '$(DESTDIR)$(PREFIX)/bin/stillebot-agent'
+	install -D -m 755 '$(target)/release/stillebot-agent' '$(DESTDIR)$(PREFIX)/bin/stillebot-agent'
 	install -d '$(DESTDIR)$(PREFIX)/lib/systemd/system'
 	sed 's#/usr/local/#$(PREFIX)/#' agent/systemd/stillebot-agent.service \
 	  > '$(DESTDIR)$(PREFIX)/lib/systemd/system/stillebot-agent.service'
+	install -D -m 644 -t '$(DESTDIR)$(PREFIX)/share/man/man1' '$(target)'/manual/man1/*
+	install -D -m 644 -t '$(DESTDIR)$(PREFIX)/share/bash-completion/completions' '$(target)/manual/bash/stillebot-agent'
+	install -D -m 644 -t '$(DESTDIR)$(PREFIX)/share/zsh/$(ZSH_COMPLETIONS)' '$(target)/manual/zsh/_stillebot-agent'
+	install -D -m 644 -t '$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d' '$(target)/manual/fish/stillebot-agent.fish'
+	install -D -m 644 -t '$(DESTDIR)$(PREFIX)/share/doc/stillebot-agent/examples' agent/agent.toml
+
+# What the command line itself says, as man pages and completions.
+manual: setup
+	@rm -rf '$(target)/manual'
+	@$(environment) $(CARGO) run --quiet --release --locked --package stillebot-agent --example manual -- '$(target)/manual'
+
+deb:
+	@VERSION='$(VERSION)' PG_CONFIG='$(PG_CONFIG)' scripts/deb
 
 demo: build install
 	@$(environment) $(CARGO) run --quiet --release --locked --package stillebot-tests --bin demo

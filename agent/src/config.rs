@@ -704,6 +704,13 @@ mod tests {
     }
 
     #[test]
+    fn the_example_that_is_installed_is_understood() {
+        let config = parse(include_str!("../agent.toml")).unwrap();
+        assert_eq!(config.nodes[1].replication.host.as_deref(), Some("ipv4.example.net"));
+        assert_eq!(config.rules.len(), 2);
+    }
+
+    #[test]
     fn the_example_of_the_design_is_understood() {
         let config = parse(EXAMPLE).unwrap();
         assert_eq!(config.nodes.len(), 2);
