@@ -9,19 +9,20 @@ target      := $(abspath $(or $(CARGO_TARGET_DIR),target))
 pg_config    = $$(cat '$(target)/pg_config')
 # The cargo features of the extension: one major version of PostgreSQL.
 pg_features  = --no-default-features --features pg$$($(pg_config) --version | sed -E 's/^PostgreSQL ([0-9]+).*/\1/')
-# pgrx reads the one, the test harness the other.
-environment  = export PGRX_PG_CONFIG_PATH=$(pg_config) PG_CONFIG=$(pg_config) STILLEBOT_AGENT='$(target)/release/stillebot-agent';
+# pgrx reads the one, the test harness the other. An error of a test says by itself what failed; forty frames hide it.
+environment  = export RUST_LIB_BACKTRACE=0 PGRX_PG_CONFIG_PATH=$(pg_config) PG_CONFIG=$(pg_config) STILLEBOT_AGENT='$(target)/release/stillebot-agent';
 CARGO       ?= cargo
 # Tests spend their time waiting for servers: more of them at once than there are processors.
 TEST_THREADS ?= 6
 
 VERSION      = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 
-.PHONY: help setup build install install-agent manual deb demo test fuzz bench lint clean
+.PHONY: help setup build install install-agent manual deb demo test test-hosts fuzz bench lint clean
 
 help:
 	@echo 'make demo                 two live servers, hopped between under load; KEEP=1 leaves them running'
 	@echo 'make test                 proves every promise, on real servers'
+	@echo 'make test-hosts           the Debian packages, on whole Debian 13 hosts that it makes; root only'
 	@echo 'make fuzz                 the decoder of replication messages, against noise; SECONDS=60'
 	@echo 'make bench                figures, as ratios to plain PostgreSQL; SUBJECTS="pgbench hops apply conflicts"'
 	@echo 'make setup                packages and a PostgreSQL >= 16 (the other targets call it); PG_CONFIG=... to choose one'
@@ -78,6 +79,11 @@ demo: build install
 test: build install
 	@$(environment) $(CARGO) test --release --locked --package stillebot $(pg_features)
 	@$(environment) $(CARGO) test --release --locked --package stillebot-agent --package stillebot-tests -- --test-threads=$(TEST_THREADS)
+
+test-hosts: setup
+	@scripts/debian-image
+	@$(MAKE) --no-print-directory deb PG_CONFIG='$(CURDIR)/target/debian-13/pg_config'
+	@$(environment) $(CARGO) test --release --locked --package stillebot-tests --test hosts
 
 # Arithmetic that overflows is silent in the profile that everything else is built with.
 fuzz: setup

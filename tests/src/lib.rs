@@ -7,6 +7,7 @@
 //! - [`Server`]: one PostgreSQL server from initdb to SIGKILL.
 //! - [`Proxy`]: a TCP link that can be cut, frozen and healed.
 //! - [`Authority`]: a throw-away certificate authority. [`Endpoint`]: the only place that opens connections.
+//! - [`Host`]: a whole Debian host, with a file system and a network of its own.
 //! - [`wait_until`]: waiting for a condition, never for a guess.
 //! - [`figures`]: numbers out of many measurements.
 //! - [`log_check`]: what a server log may not contain.
@@ -21,6 +22,7 @@ pub mod authority;
 pub mod cluster;
 pub mod endpoint;
 pub mod figures;
+pub mod host;
 pub mod log_check;
 pub mod postgres;
 mod process;
@@ -33,6 +35,7 @@ pub mod workload;
 pub use authority::Authority;
 pub use cluster::{AgentOutput, Cluster, ClusterBuilder, Hopped};
 pub use endpoint::{Endpoint, Listener};
+pub use host::Host;
 pub use postgres::Installation;
 pub use proxy::Proxy;
 pub use server::{Backup, Server, ServerBuilder, Shutdown};
