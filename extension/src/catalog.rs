@@ -1,4 +1,4 @@
-//! The recorded state in pg_db_role_setting: read from hooks, written by the verbs.
+//! The recorded state and identity in pg_db_role_setting: read from hooks, written by the verbs.
 
 use std::ffi::{CStr, c_char, c_int};
 use std::ptr::null_mut;
@@ -8,6 +8,7 @@ use pgrx::pg_sys;
 use crate::compat::{self, DB_ROLE_SETTING, DB_ROLE_SETTING_PKEY, c_string};
 
 pub const STATE: &CStr = c"stillebot.state";
+pub const IDENTITY: &CStr = c"stillebot.identity";
 pub const READ_ONLY: &CStr = c"default_transaction_read_only";
 
 /// The value that is attached to a database for a setting, as committed by now; null if none.

@@ -317,9 +317,17 @@ fn in_transaction(work: impl FnOnce() -> Option<i64> + UnwindSafe) -> Option<i64
 
 /// The part of [`run`] that runs in its transaction.
 fn last_number(query: &str, texts: &[Vec<u8>]) -> Option<i64> {
+    // The lock, for as long as rows are written: node.rs changes the name by which they belong to this node.
     // SAFETY: a transaction is in progress.
-    if unsafe { pg_sys::get_extension_oid(c"stillebot".as_ptr(), true) } == pg_sys::InvalidOid {
-        return None;
+    unsafe {
+        let extension = pg_sys::get_extension_oid(c"stillebot".as_ptr(), true);
+        if extension == pg_sys::InvalidOid {
+            return None;
+        }
+        pg_sys::LockDatabaseObject(pg_sys::ExtensionRelationId, extension, 0, pg_sys::AccessShareLock as i32);
+        if pg_sys::get_extension_oid(c"stillebot".as_ptr(), true) != extension {
+            return None; // Dropped meanwhile.
+        }
     }
     if texts.is_empty() {
         return conflicts::one_bigint(query, &[]);

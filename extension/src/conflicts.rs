@@ -12,14 +12,17 @@ use crate::{compat, local, shmem};
 /// Begins a transaction that stays on this node; see local.rs.
 #[pg_extern(sql = false)]
 fn multihome_begin_local(verb: &[u8]) {
+    begin_local(&compat::from_server_encoding(verb));
+}
+
+pub fn begin_local(verb: &str) {
     if local::is_active() {
         return local::begin();
     }
-    let verb = compat::from_server_encoding(verb);
-    prevent_in_block(&verb);
-    prevent_in_writing_statement(&verb, "Call it as a statement of its own.");
+    prevent_in_block(verb);
+    prevent_in_writing_statement(verb, "Call it as a statement of its own.");
     // SAFETY: backend-local; raises on a standby, where nothing can be written.
-    unsafe { pg_sys::PreventCommandDuringRecovery(compat::c_string(&verb).as_ptr()) };
+    unsafe { pg_sys::PreventCommandDuringRecovery(compat::c_string(verb).as_ptr()) };
     // An apply worker, in a trigger, or a session that replays another node's transactions: the origin is theirs, and
     // without it at commit they would apply the same again.
     // SAFETY: backend-local.
@@ -73,13 +76,6 @@ fn multihome_exclude(subscription: pg_sys::Oid, lsn: i64, change: i32, fingerpri
 #[pg_extern(sql = false)]
 fn multihome_restart(subscription: pg_sys::Oid) {
     compat::restart_apply(subscription);
-}
-
-/// This node, for the log: the server's system identifier and the database.
-#[pg_extern(sql = false)]
-fn multihome_node_id() -> String {
-    // SAFETY: reads what does not change while the server runs.
-    unsafe { format!("{}/{}", pg_sys::GetSystemIdentifier(), pg_sys::MyDatabaseId.to_u32()) }
 }
 
 /// The process that collects events of this database, if there is one.

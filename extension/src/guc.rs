@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use pgrx::pg_sys;
 
 use crate::state::{Mode, State};
-use crate::{collector, compat, readonly};
+use crate::{collector, compat, node, readonly};
 
 static mut STATE: *mut c_char = null_mut();
+static mut IDENTITY: *mut c_char = null_mut();
 static mut NODE: *mut c_char = null_mut();
 static mut REDACT: *mut c_char = null_mut();
 static mut MAX_TUPLE_SIZE: c_int = 64;
@@ -33,6 +34,19 @@ pub fn init() {
             (pg_sys::GUC_DISALLOW_IN_FILE | pg_sys::GUC_DISALLOW_IN_AUTO_FILE | pg_sys::GUC_NOT_IN_SAMPLE) as i32,
             Some(check_state),
             Some(assign_state),
+            None,
+        );
+        pg_sys::DefineCustomStringVariable(
+            c"stillebot.identity".as_ptr(),
+            c"Which node the database is, of which pair, and where it was told so.".as_ptr(),
+            c"Kept with the database by multihome.identify() and stillebot_adopt_identity(); nobody else can set it."
+                .as_ptr(),
+            &raw mut IDENTITY,
+            c"".as_ptr(),
+            pg_sys::GucContext::PGC_SUSET,
+            (pg_sys::GUC_DISALLOW_IN_FILE | pg_sys::GUC_DISALLOW_IN_AUTO_FILE | pg_sys::GUC_NOT_IN_SAMPLE) as i32,
+            Some(check_identity),
+            Some(assign_identity),
             None,
         );
         pg_sys::DefineCustomStringVariable(
@@ -159,14 +173,24 @@ unsafe extern "C-unwind" fn check_state(
     _extra: *mut *mut c_void,
     source: pg_sys::GucSource::Type,
 ) -> bool {
+    comes_from_database(source, c"Only stillebot_down() and stillebot_up() change the state of a database.")
+}
+
+/// As [`check_state`].
+unsafe extern "C-unwind" fn check_identity(
+    _value: *mut *mut c_char,
+    _extra: *mut *mut c_void,
+    source: pg_sys::GucSource::Type,
+) -> bool {
+    comes_from_database(source, c"Only multihome.identify() and the like change the identity of a database.")
+}
+
+fn comes_from_database(source: pg_sys::GucSource::Type, detail: &'static CStr) -> bool {
     use pg_sys::GucSource::{PGC_S_DATABASE, PGC_S_DEFAULT, PGC_S_DYNAMIC_DEFAULT, PGC_S_TEST};
     let allowed = matches!(source, PGC_S_DEFAULT | PGC_S_DYNAMIC_DEFAULT | PGC_S_DATABASE | PGC_S_TEST);
     if !allowed {
-        // SAFETY: only printed, never freed, by the caller of this hook.
-        unsafe {
-            pg_sys::GUC_check_errdetail_string =
-                c"Only stillebot_down() and stillebot_up() change the state of a database.".as_ptr().cast_mut();
-        }
+        // SAFETY: only printed, never freed, by the caller of these hooks.
+        unsafe { pg_sys::GUC_check_errdetail_string = detail.as_ptr().cast_mut() };
     }
     allowed
 }
@@ -194,7 +218,29 @@ unsafe extern "C-unwind" fn assign_state(value: *const c_char, _extra: *mut c_vo
             }
         } else if state.state == Mode::Down {
             STARTED_DOWN.store(true, Relaxed);
-        } else if state.sole && readonly::is_rejoining() {
+        } else if state.sole && readonly::is_closed_as(|state| state.rejoin) {
+            STARTED_DOWN.store(true, Relaxed);
+            pg_sys::DefaultXactReadOnly = true;
+        }
+    }
+}
+
+/// As [`assign_state`], for a copy of another node: it must not look writable either, before anybody has looked at it. On a
+/// standby everybody is read-only as it is, and what is promoted is looked at then.
+unsafe extern "C-unwind" fn assign_identity(value: *const c_char, _extra: *mut c_void) {
+    // SAFETY: PostgreSQL passes null or a C string.
+    let Some(value) = (unsafe { value.as_ref() }) else { return };
+    // SAFETY: plain reads and writes of backend-local settings.
+    unsafe {
+        if pg_sys::MyDatabaseId == pg_sys::InvalidOid
+            || compat::RecoveryInProgress()
+            || !node::look_at(&CStr::from_ptr(value).to_string_lossy())
+        {
+            return;
+        }
+        if compat::IsLogicalWorker() || collector::is_this_process() {
+            pg_sys::DefaultXactReadOnly = false;
+        } else if readonly::is_closed_as(|state| state.foreign) {
             STARTED_DOWN.store(true, Relaxed);
             pg_sys::DefaultXactReadOnly = true;
         }

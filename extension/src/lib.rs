@@ -2,7 +2,7 @@
 //! conflict and error of logical replication in a table.
 //!
 //! `_PG_init` below is the table of contents. SQL objects are declared by hand in `sql/`; each C function there is a
-//! `#[pg_extern(sql = false)]` of verbs.rs or conflicts.rs.
+//! `#[pg_extern(sql = false)]` of verbs.rs, node.rs or conflicts.rs.
 
 mod apply_log;
 mod catalog;
@@ -11,7 +11,9 @@ mod compat;
 mod conflicts;
 mod event;
 mod guc;
+mod identity;
 mod local;
+mod node;
 mod pgoutput;
 mod readonly;
 mod ring;

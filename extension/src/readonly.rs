@@ -17,7 +17,7 @@ use pgrx::pg_sys;
 
 use crate::shmem::{self, Backend, Database, Effect, Gate};
 use crate::state::{Mode, State};
-use crate::{catalog, collector, compat, guc, local};
+use crate::{catalog, collector, compat, guc, local, node};
 
 static mut PREVIOUS_EXECUTOR_START: pg_sys::ExecutorStart_hook_type = None;
 static mut PREVIOUS_PROCESS_UTILITY: pg_sys::ProcessUtility_hook_type = None;
@@ -68,7 +68,8 @@ fn process() -> Process {
 fn classify() -> Process {
     // SAFETY: backend-local values, settled before a process runs its first statement.
     let process = unsafe {
-        if compat::IsLogicalWorker()
+        if pg_sys::IsBinaryUpgrade // Nobody is there but pg_upgrade, which may carry the record over before it has filled the database.
+            || compat::IsLogicalWorker()
             || collector::is_this_process()
             || pg_sys::ParallelWorkerNumber >= 0
             || pg_sys::MyBackendType == pg_sys::BackendType::B_AUTOVAC_WORKER
@@ -154,20 +155,23 @@ fn resolve(database: &Database) -> bool {
         if !compat::IsTransactionState() {
             return guc::session_started_down(); // An aborted transaction: only ROLLBACK comes through here.
         }
+        let identity = catalog::recorded(pg_sys::MyDatabaseId, catalog::IDENTITY);
         let recorded = catalog::recorded(pg_sys::MyDatabaseId, catalog::STATE);
-        publish(database, recorded)
+        publish(database, identity, recorded)
     }
 }
 
 /// The part of [`resolve`] that owns memory, and so must not raise.
-fn publish(database: &Database, recorded: *const c_char) -> bool {
+fn publish(database: &Database, identity: *const c_char, recorded: *const c_char) -> bool {
     let recorded = if recorded.is_null() {
         State::up()
     } else {
         // SAFETY: a C string fresh from the catalog.
         State::parse(&unsafe { CStr::from_ptr(recorded) }.to_string_lossy())
     };
-    let state = recorded.after_restart(SystemTime::now());
+    // SAFETY: as above.
+    let foreign = unsafe { node::foreign_state(identity) };
+    let state = foreign.unwrap_or_else(|| recorded.after_restart(SystemTime::now()));
     database.publish(if state.state == Mode::Down { Gate::Closed } else { Gate::Open }, &state.to_json());
     database.gate() != Gate::Open
 }
@@ -184,13 +188,14 @@ fn without_a_slot() -> bool {
     false
 }
 
-/// Whether a database that is recorded as the only writable node refuses writes, because its server has restarted. Asked
-/// before a session's first statement. Without a slot nobody can have opened it since.
-pub fn is_rejoining() -> bool {
+/// Whether a database whose record alone does not tell it refuses writes for such a reason: since its server has started
+/// nobody has looked, or it was found so. Asked before a session's first statement. Without a slot nobody can have opened it
+/// since.
+pub fn is_closed_as(reason: impl Fn(&State) -> bool) -> bool {
     shmem::my_database().is_none_or(|database| match database.gate() {
         Gate::Unknown => true,
         Gate::Open => false,
-        _ => database.text().is_none_or(|text| State::parse(&text).rejoin),
+        _ => database.text().is_none_or(|text| reason(&State::parse(&text))),
     })
 }
 
@@ -324,7 +329,7 @@ unsafe extern "C-unwind" fn object_access(
                 enter(Effect::Perhaps);
             }
             pg_sys::ObjectAccessType::OAT_DROP if class == pg_sys::ExtensionRelationId => {
-                refuse_to_drop_a_sole_node(object);
+                refuse_to_drop_a_record(object);
             }
             _ => {}
         }
@@ -397,13 +402,16 @@ unsafe fn refuse_to_touch_the_record(node: *mut pg_sys::Node) {
             !(*change).name.is_null()
                 && CStr::from_ptr((*change).name).to_bytes().eq_ignore_ascii_case(setting.to_bytes())
         };
-        let recorded = || {
+        let recorded = |setting: &CStr| {
             let database =
                 if database.is_null() { pg_sys::InvalidOid } else { compat::get_database_oid(database, true) };
-            database != pg_sys::InvalidOid && !catalog::recorded(database, catalog::STATE).is_null()
+            database != pg_sys::InvalidOid && !catalog::recorded(database, setting).is_null()
         };
         let resets_all = (*change).kind == pg_sys::VariableSetKind::VAR_RESET_ALL;
-        if names(catalog::STATE) || ((resets_all || names(catalog::READ_ONLY)) && recorded()) {
+        if names(catalog::IDENTITY) || (resets_all && recorded(catalog::IDENTITY)) {
+            refuse_command(c"a change of what is recorded of the identity of a database", hint_at_identity);
+        }
+        if names(catalog::STATE) || ((resets_all || names(catalog::READ_ONLY)) && recorded(catalog::STATE)) {
             refuse_command(c"a change of what is recorded for a database that is down", hint_at_verbs);
         }
     }
@@ -411,17 +419,21 @@ unsafe fn refuse_to_touch_the_record(node: *mut pg_sys::Node) {
 
 /// Dropped from a database that is marked as the only writable node, the extension would leave the mark behind: the
 /// database would come back closed from its next restart, and nothing there to open it. (One that is down refuses the
-/// DROP like any other change.)
+/// DROP like any other change.) An identity that was left behind would close a copy of it with nothing there to open that.
 ///
 /// # Safety
 /// Called while `extension` is about to be dropped.
-unsafe fn refuse_to_drop_a_sole_node(extension: pg_sys::Oid) {
+unsafe fn refuse_to_drop_a_record(extension: pg_sys::Oid) {
     // SAFETY: a transaction is in progress.
     unsafe {
-        if extension == compat::get_extension_oid(c"stillebot".as_ptr(), true)
-            && !catalog::recorded(pg_sys::MyDatabaseId, catalog::STATE).is_null()
-        {
+        if extension != compat::get_extension_oid(c"stillebot".as_ptr(), true) {
+            return;
+        }
+        if !catalog::recorded(pg_sys::MyDatabaseId, catalog::STATE).is_null() {
             refuse_command(c"DROP EXTENSION stillebot", hint_at_sole);
+        }
+        if !catalog::recorded(pg_sys::MyDatabaseId, catalog::IDENTITY).is_null() {
+            refuse_command(c"DROP EXTENSION stillebot", hint_at_identity);
         }
     }
 }
@@ -560,6 +572,16 @@ unsafe extern "C-unwind" fn hint_at_verbs(_argument: *mut c_void) {
         compat::errhint(
             c"%s".as_ptr(),
             c"Connect to that database and call stillebot_down() or stillebot_up().".as_ptr(),
+        );
+    }
+}
+
+unsafe extern "C-unwind" fn hint_at_identity(_argument: *mut c_void) {
+    // SAFETY: as above.
+    unsafe {
+        compat::errhint(
+            c"%s".as_ptr(),
+            c"Connect to that database and call multihome.identify() or multihome.forget_identity().".as_ptr(),
         );
     }
 }

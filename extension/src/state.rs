@@ -32,6 +32,9 @@ pub struct State {
     /// Down because it was `sole` when its server stopped.
     #[serde(default, skip_serializing_if = "is_false")]
     pub rejoin: bool,
+    /// Down because its data directory is a copy of another node's: see identity.rs. Found at each start, never recorded.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub foreign: bool,
     /// The hop that took it down, as the agent wrote it, until that hop is concluded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hop: Option<serde_json::Value>,
@@ -43,7 +46,16 @@ fn is_false(flag: &bool) -> bool {
 
 impl State {
     pub fn up() -> State {
-        State { state: Mode::Up, since: None, by: None, reason: None, sole: false, rejoin: false, hop: None }
+        State {
+            state: Mode::Up,
+            since: None,
+            by: None,
+            reason: None,
+            sole: false,
+            rejoin: false,
+            foreign: false,
+            hop: None,
+        }
     }
 
     /// Reads the setting. Nothing there is up; what cannot be read is down, for unknown counts as down.
@@ -82,6 +94,13 @@ impl State {
 
     /// The hint of a refused write: who, when, why, and the way out.
     pub fn hint(&self) -> String {
+        if self.foreign {
+            let why = self.reason.as_deref().unwrap_or("this data directory is a copy");
+            return format!(
+                "It is closed because {why}. If the original is gone for good, SELECT stillebot_adopt_identity(); otherwise \
+                 stop this server."
+            );
+        }
         if self.rejoin {
             return "This was the only writable node when its server stopped; its peer may have been opened since. If no \
                     other node is writable, bring it up with \"stillebot-agent up\" or SELECT stillebot_up()."
@@ -117,7 +136,7 @@ pub fn ascii(json: &str) -> String {
 }
 
 /// Instants as RFC 3339 text in UTC, with microseconds: PostgreSQL reads it as timestamptz, and so do people in \drds.
-mod instant {
+pub mod instant {
     use super::*;
     use serde::{Deserializer, Serializer, de::Error};
 
@@ -147,16 +166,17 @@ mod tests {
             proptest::option::of(0u64..4_000_000_000_000_000),
             proptest::option::of(".{0,40}"),
             proptest::option::of(".{0,40}"),
-            any::<(bool, bool)>(),
+            any::<(bool, bool, bool)>(),
             proptest::option::of("[a-z]{1,8}"),
         )
-            .prop_map(|(state, since, by, reason, (sole, rejoin), hop)| State {
+            .prop_map(|(state, since, by, reason, (sole, rejoin, foreign), hop)| State {
                 state,
                 since: since.map(|us| UNIX_EPOCH + Duration::from_micros(us)),
                 by,
                 reason,
                 sole,
                 rejoin,
+                foreign,
                 hop: hop.map(|to| serde_json::json!({ "to": to })),
             })
     }
@@ -185,6 +205,8 @@ mod tests {
         fn a_hint_names_who_and_why(by in "[a-z]{1,20}", reason in "[a-z ]{1,40}") {
             let down = State { state: Mode::Down, by: Some(by.clone()), reason: Some(reason.clone()), ..State::up() };
             prop_assert!(down.hint().contains(&by) && down.hint().contains(&reason));
+            let copy = State { foreign: true, ..down };
+            prop_assert!(copy.hint().contains(&reason) && copy.hint().contains("stillebot_adopt_identity()"));
         }
     }
 

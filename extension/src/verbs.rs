@@ -12,7 +12,7 @@ use pgrx::{JsonB, pg_sys};
 use crate::readonly::{Pending, settle_at_end, write_no_more};
 use crate::shmem::{self, Database, Effect, Gate, MAX_STATE};
 use crate::state::{Mode, State, ascii};
-use crate::{catalog, compat, guc};
+use crate::{catalog, compat, guc, node};
 
 /// How long terminated sessions get to end, past the timeout of the call.
 const TERMINATION_GRACE: Duration = Duration::from_secs(10);
@@ -47,6 +47,7 @@ fn multihome_up(sole: Option<bool>) {
 fn multihome_set_hop(hop: Option<JsonB>) {
     let call = Call::begin("multihome.set_hop()", None);
     let before = call.state();
+    refuse_foreign(&before, "take part in a hop");
     if before.state == Mode::Up {
         fail(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -70,17 +71,22 @@ fn multihome_state() -> Option<pgrx::datum::AnyElement> {
     };
     let writers = writers().len();
     let json = serde_json::json!({
-        "node": guc::node(),
+        "node": node::name(),
         "state": state.state,
         "since": state.since.map(|at| humantime::format_rfc3339_micros(at).to_string()),
         "by": state.by,
         "reason": state.reason,
         "sole": state.sole,
         "rejoin": state.rejoin,
+        "foreign": state.foreign,
         "hop": state.hop,
         "writers": writers,
     });
-    // By way of text, so that the server decodes what is beyond ASCII into its own encoding.
+    jsonb(&json)
+}
+
+/// A jsonb, by way of text, so that the server decodes what is beyond ASCII into its own encoding.
+pub fn jsonb(json: &serde_json::Value) -> Option<pgrx::datum::AnyElement> {
     let json = compat::c_string(&ascii(&json.to_string()));
     // SAFETY: jsonb_in() takes a C string, which it copies.
     unsafe {
@@ -128,6 +134,7 @@ fn take_down(
     let before = call.state();
     if before.state == Mode::Down && !before.rejoin {
         if hop.is_some() {
+            refuse_foreign(&before, "take part in a hop");
             call.record(&State { hop, ..before });
         }
         return mark_the_edge();
@@ -297,6 +304,7 @@ fn mark_the_edge() -> i64 {
 fn open(verb: &str, sole: bool) {
     let call = Call::begin(verb, None);
     let before = call.state();
+    refuse_foreign(&before, "be brought up");
     // A database whose record says nothing may still have what a hand-made "down" left behind.
     // SAFETY: a transaction is in progress, this one.
     let marked = unsafe { !catalog::recorded(pg_sys::MyDatabaseId, catalog::READ_ONLY).is_null() };
@@ -319,27 +327,27 @@ fn open(verb: &str, sole: bool) {
 // --- What the verbs share ---------------------------------------------------------------------------------------
 
 /// A call that may change the state: checked, and alone with it until its transaction ends.
-struct Call {
+pub struct Call {
     database: &'static Database,
 }
 
 impl Call {
     /// Without a deadline lock_timeout and statement_timeout bound the wait for other calls, as for any other lock.
-    fn begin(verb: &str, deadline: Option<Instant>) -> Call {
+    pub fn begin(verb: &str, deadline: Option<Instant>) -> Call {
         let database = require_slot();
         prevent_on_standby(verb);
         prevent_in_block(verb);
         prevent_in_writing_statement(verb, "Call it as a statement of its own: SELECT stillebot_down().");
         write_no_more();
-        lock(verb, deadline);
+        lock(verb, pg_sys::ShareUpdateExclusiveLock as i32, deadline);
         Call { database }
     }
 
-    fn state(&self) -> State {
+    pub fn state(&self) -> State {
         State::parse(&self.database.text().unwrap_or_else(|| "unreadable".into()))
     }
 
-    fn pending(&self, gate: Gate, state: &State) -> Pending {
+    pub fn pending(&self, gate: Gate, state: &State) -> Pending {
         let before = (self.database.gate(), self.database.text().unwrap_or_default());
         Pending { database: self.database, before, after: (gate, state.to_json()) }
     }
@@ -365,7 +373,22 @@ impl Call {
     }
 }
 
-fn require_slot() -> &'static Database {
+/// A copy of another node stays closed until somebody says that it is the node now.
+fn refuse_foreign(state: &State, deed: &str) {
+    if state.foreign {
+        fail(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            &format!(
+                "this database cannot {deed}: {}",
+                state.reason.as_deref().unwrap_or("it is a copy of another node")
+            ),
+            None,
+            "If the original is gone for good, SELECT stillebot_adopt_identity(); otherwise stop this server.",
+        );
+    }
+}
+
+pub fn require_slot() -> &'static Database {
     if !shmem::is_there() {
         fail(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -414,16 +437,16 @@ pub fn prevent_in_writing_statement(verb: &str, hint: &str) {
 }
 
 /// One change of state at a time, and none while the extension is being dropped: the lock of the extension itself.
-fn lock(verb: &str, deadline: Option<Instant>) {
-    const MODE: i32 = pg_sys::ShareUpdateExclusiveLock as i32;
+/// `mode` conflicts with itself.
+pub fn lock(verb: &str, mode: i32, deadline: Option<Instant>) {
     // SAFETY: looks up this very extension; the lock goes with the transaction.
     unsafe {
         let extension = pg_sys::get_extension_oid(c"stillebot".as_ptr(), false);
         if deadline.is_none() {
-            pg_sys::LockDatabaseObject(pg_sys::ExtensionRelationId, extension, 0, MODE);
+            pg_sys::LockDatabaseObject(pg_sys::ExtensionRelationId, extension, 0, mode);
         }
         while let Some(deadline) = deadline
-            && !pg_sys::ConditionalLockDatabaseObject(pg_sys::ExtensionRelationId, extension, 0, MODE)
+            && !pg_sys::ConditionalLockDatabaseObject(pg_sys::ExtensionRelationId, extension, 0, mode)
         {
             if Instant::now() >= deadline {
                 fail(
@@ -446,14 +469,14 @@ fn lock(verb: &str, deadline: Option<Instant>) {
     }
 }
 
-fn not_null<T>(parameter: &str, value: Option<T>) -> T {
+pub fn not_null<T>(parameter: &str, value: Option<T>) -> T {
     value.unwrap_or_else(|| {
         let message = format!("{parameter} must not be null");
         fail(PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED, &message, None, "Leave it out to get its default.")
     })
 }
 
-fn session_user() -> String {
+pub fn session_user() -> String {
     // SAFETY: the session has a user; the name is palloc'd.
     unsafe {
         let name = pg_sys::GetUserNameFromId(pg_sys::GetSessionUserId(), false);

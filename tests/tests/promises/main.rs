@@ -9,6 +9,7 @@ mod contract;
 mod down;
 mod harness;
 mod hop;
+mod identity;
 mod lasting;
 mod proven;
 mod replication;

@@ -1,0 +1,239 @@
+//! Who this database is, on a live server: the SQL functions of its identity, and where it is. identity.rs decides.
+
+use std::ffi::{CStr, c_char};
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+
+use crate::identity::{Home, Identity, MAX_NAME};
+use crate::readonly::settle_at_end;
+use crate::shmem::Gate;
+use crate::state::{Mode, State};
+use crate::verbs::{Call, fail, jsonb, lock, not_null, require_slot, session_user};
+use crate::{catalog, compat, conflicts, guc, local};
+
+/// Whether this process was told at its start that its database is a copy. Never changes afterwards.
+static STARTED_FOREIGN: AtomicBool = AtomicBool::new(false);
+
+/// As [`STARTED_FOREIGN`]; for replication workers, whose life is short.
+pub fn started_foreign() -> bool {
+    STARTED_FOREIGN.load(Relaxed)
+}
+
+/// Looks at the identity that this process is given with its database. Returns whether it is a copy's. Cannot raise.
+pub fn look_at(setting: &str) -> bool {
+    // SAFETY: a plain read.
+    if unsafe { pg_sys::IsBinaryUpgrade } {
+        return false; // pg_upgrade, which brings the record before it has moved in.
+    }
+    let foreign = Identity::parse(setting).is_some_and(|identity| identity.is_foreign(&home()));
+    STARTED_FOREIGN.store(foreign, Relaxed);
+    foreign
+}
+
+/// The state of a database that has just been looked at for the first time since the server started, if it is a copy. Cannot
+/// raise.
+///
+/// # Safety
+/// `recorded` is null or a C string.
+pub unsafe fn foreign_state(recorded: *const c_char) -> Option<State> {
+    // SAFETY: a plain read; the caller vouches for the string.
+    let setting = unsafe {
+        if pg_sys::IsBinaryUpgrade {
+            return None;
+        }
+        CStr::from_ptr(recorded.as_ref()?).to_string_lossy()
+    };
+    let identity = Identity::parse(&setting)?;
+    identity.is_foreign(&home()).then(|| identity.foreign_state(SystemTime::now()))
+}
+
+/// Where this database is now.
+fn home() -> Home {
+    // Every process of the server is in the data directory.
+    let control = std::fs::metadata("global/pg_control").ok();
+    let born = control.as_ref().and_then(|control| control.created().ok()?.duration_since(UNIX_EPOCH).ok());
+    Home {
+        // SAFETY: reads what does not change while the server runs.
+        system: unsafe { pg_sys::GetSystemIdentifier() },
+        // SAFETY: a backend-local value.
+        database: unsafe { pg_sys::MyDatabaseId }.to_u32(),
+        inode: control.map_or(0, |control| control.ino()),
+        born: born.map(|born| born.as_nanos()),
+    }
+}
+
+/// Who this database is, as committed by now or changed by this transaction. A transaction must be in progress.
+pub fn identity() -> Option<Identity> {
+    // SAFETY: called from SQL functions; what is found is a palloc'd C string.
+    unsafe {
+        let recorded = catalog::recorded(pg_sys::MyDatabaseId, catalog::IDENTITY).as_ref()?;
+        Identity::parse(&CStr::from_ptr(recorded).to_string_lossy())
+    }
+}
+
+/// What the operator calls this node.
+pub fn name() -> Option<String> {
+    guc::node().or_else(|| identity().map(|identity| identity.node))
+}
+
+/// This node, for the log: what it was given as its own, so that the log outlives pg_upgrade; before that the server's system
+/// identifier and the database.
+#[pg_extern(sql = false)]
+fn multihome_node_id() -> String {
+    identity().map_or_else(
+        || {
+            let Home { system, database, .. } = home();
+            format!("{system}/{database}")
+        },
+        |identity| identity.id,
+    )
+}
+
+#[pg_extern(sql = false)]
+fn multihome_identity() -> Option<pgrx::datum::AnyElement> {
+    let identity = identity()?;
+    let home = home();
+    let foreign = identity.is_foreign(&home);
+    // SAFETY: set once, when the server starts. PostgreSQL counts from 2000.
+    let started = unsafe { pg_sys::PgStartTime } + 946_684_800_000_000;
+    let mut json = serde_json::to_value(&identity).ok()?;
+    let more = serde_json::json!({
+        "foreign": foreign,
+        "why": foreign.then(|| identity.why()),
+        "system_identifier": home.system,
+        "database_oid": home.database,
+        "postmaster_started_us": started,
+    });
+    json.as_object_mut()?.extend(more.as_object()?.clone());
+    jsonb(&json)
+}
+
+#[pg_extern(sql = false)]
+fn multihome_identify(node: Option<&[u8]>, pair: Option<pgrx::Uuid>) -> pgrx::Uuid {
+    const VERB: &str = "multihome.identify()";
+    let node = compat::from_server_encoding(not_null("node", node));
+    let pair = not_null("pair", pair).to_string();
+    if node.is_empty() || node.len() > MAX_NAME {
+        fail(
+            PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+            &format!("the name of a node must have 1 to {MAX_NAME} bytes"),
+            None,
+            "Give it the name that the agent's configuration has for it.",
+        );
+    }
+    begin(VERB);
+    let known = identity();
+    if let Some(known) = &known {
+        if known.is_foreign(&home()) {
+            fail(
+                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                &format!("this database cannot be named: {}", known.why()),
+                None,
+                "To replace the original: SELECT stillebot_adopt_identity(). To become another node: SELECT multihome.forget_identity().",
+            );
+        }
+        if known.pair != pair {
+            fail(
+                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                &format!("this database is node {} of pair {} already", known.node, known.pair),
+                None,
+                "Leave that pair first: SELECT multihome.forget_identity().",
+            );
+        }
+    }
+    let identity = match known {
+        Some(known) => Identity { node, ..known },
+        None => Identity {
+            node,
+            pair,
+            id: random_uuid(),
+            home: home().text(),
+            since: Some(SystemTime::now()),
+            parked: Vec::new(),
+        },
+    };
+    become_node(Some(&identity));
+    local::finish();
+    parse_uuid(&identity.id)
+}
+
+#[pg_extern(sql = false)]
+fn multihome_forget_identity() {
+    begin("multihome.forget_identity()");
+    become_node(None);
+    local::finish();
+}
+
+#[pg_extern(sql = false)]
+fn stillebot_adopt_identity() -> String {
+    const VERB: &str = "stillebot_adopt_identity()";
+    let call = Call::begin(VERB, None);
+    let Some(known) = identity() else {
+        fail(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            "this database has no identity to adopt",
+            None,
+            "Nothing keeps it from replicating. stillebot-agent init gives it an identity.",
+        )
+    };
+    let home = home();
+    if !known.is_foreign(&home) {
+        return format!("This is node {}, and where it has always been: nothing to do.", known.node);
+    }
+    let reason = format!("adopted the identity of node {}", known.node);
+    let down = State {
+        state: Mode::Down,
+        since: call.state().since,
+        by: Some(session_user()),
+        reason: Some(reason),
+        ..State::up()
+    };
+    settle_at_end(call.pending(Gate::Closed, &down));
+    catalog::record(catalog::READ_ONLY, Some("on")); // First: see assign_state() in guc.rs.
+    catalog::record(catalog::STATE, down.setting().as_deref());
+    let adopted = Identity { home: home.text(), parked: Vec::new(), ..known };
+    catalog::record(catalog::IDENTITY, Some(&adopted.to_json()));
+    // SAFETY: sets a flag of the current transaction.
+    unsafe { pg_sys::ForceSyncCommit() };
+    format!("This is node {} now. It is down; bring it up with SELECT stillebot_up().", adopted.node)
+}
+
+/// Keeps the transaction here, for it changes the log too, and everybody out who knows the node by its former name: the
+/// collector holds the extension's lock in a weaker mode.
+fn begin(verb: &str) {
+    require_slot();
+    conflicts::begin_local(verb);
+    lock(verb, pg_sys::AccessExclusiveLock as i32, None);
+}
+
+/// Records who this database is, and has its log follow.
+fn become_node(identity: Option<&Identity>) {
+    let former = multihome_node_id();
+    catalog::record(catalog::IDENTITY, identity.map(Identity::to_json).as_deref());
+    let latter = multihome_node_id();
+    if former != latter {
+        for table in ["log", "fault"] {
+            let rename = format!("update multihome.{table} set node = $2 where node = $1");
+            Spi::run_with_args(&rename, &[former.as_str().into(), latter.as_str().into()])
+                .unwrap_or_else(|error| pgrx::error!("cannot rename the node in multihome.{table}: {error}"));
+        }
+    }
+    // SAFETY: sets a flag of the current transaction.
+    unsafe { pg_sys::ForceSyncCommit() };
+}
+
+fn random_uuid() -> String {
+    let uuid = Spi::get_one::<pgrx::Uuid>("select gen_random_uuid()");
+    uuid.ok().flatten().expect("gen_random_uuid() returns a uuid").to_string()
+}
+
+fn parse_uuid(text: &str) -> pgrx::Uuid {
+    let digits: Vec<u8> =
+        text.bytes().filter_map(|digit| char::from(digit).to_digit(16)).map(|digit| digit as u8).collect();
+    let bytes: Vec<u8> = digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect();
+    pgrx::Uuid::from_slice(&bytes).expect("identities are made of uuids")
+}
