@@ -58,3 +58,20 @@ Its subscriptions are enabled again; the database stays down. Returns what to do
 
 comment on function multihome.node_id() is
 'This node, in the log: its own uuid if it has an identity, otherwise the system identifier of the server and the oid of the database.';
+
+-- What subscriptions connect with: the catalog shows that to superusers only, because of the passwords in it.
+
+create function multihome.connections() returns table (subscription name, conninfo text)
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+begin atomic
+    -- scrubbed() takes a value without quotes to end at the first quote, which libpq does not.
+    select s.subname,
+           multihome.scrubbed(regexp_replace(s.subconninfo, '(password\s*=\s*)(''(?:[^''\\]|\\.)*''|(?:[^\s\\]|\\.)+)', '\1***', 'gi'))
+      from pg_subscription s
+      join pg_database d on d.oid = s.subdbid
+     where d.datname = current_database()
+     order by s.subname;
+end;
+revoke execute on function multihome.connections() from public;
+comment on function multihome.connections() is 'What the subscriptions of this database connect with, without the passwords.';

@@ -42,6 +42,12 @@ pub enum Command {
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = pause)]
         watch: Option<f64>,
     },
+    /// Looks at everything that must be true of the nodes, and says what is not, and the statement or line that mends it.
+    Check {
+        /// Show what is as it should be, too.
+        #[arg(long)]
+        verbose: bool,
+    },
     /// Takes a node down: it refuses writes from then on, through restarts, until somebody says up.
     Down {
         /// The node.
@@ -168,6 +174,7 @@ impl Command {
     pub fn verb(&self) -> &'static str {
         match self {
             Self::Status { .. } => "status",
+            Self::Check { .. } => "check",
             Self::Down { .. } => "down",
             Self::Up { .. } => "up",
             Self::Hop(_) => "hop",

@@ -111,6 +111,8 @@ pub struct Active {
     pub table: String,
     /// The column, quoted for SQL.
     pub column: String,
+    /// Schema and name of the table, as they are in the catalog.
+    pub place: (String, String),
 }
 
 /// One server.
@@ -148,6 +150,17 @@ pub enum Family {
     Ipv4,
     /// IPv6 only.
     Ipv6,
+}
+
+impl Family {
+    /// Whether an address is of it.
+    pub fn admits(self, address: std::net::IpAddr) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Ipv4 => address.is_ipv4(),
+            Self::Ipv6 => address.is_ipv6(),
+        }
+    }
 }
 
 /// When `watch` looks, and when it gives up.
@@ -405,7 +418,8 @@ impl Config {
                     .filter(|parts| parts.len() == 1)
                     .ok_or("active.column: must be an SQL identifier")?;
                 let table = if table.len() == 1 { vec!["public".into(), table[0].clone()] } else { table };
-                Ok::<_, String>(Active { table: quoted(&table), column: quoted(&column) })
+                let place = (table[0].clone(), table[1].clone());
+                Ok::<_, String>(Active { table: quoted(&table), column: quoted(&column), place })
             })
             .transpose()?;
 
@@ -433,6 +447,15 @@ impl Config {
     /// The name of the subscription, on any node, to what `source` publishes.
     pub fn subscription_to(&self, source: &str) -> String {
         if self.nodes.len() <= 2 { self.subscription.clone() } else { format!("{}_{source}", self.subscription) }
+    }
+
+    /// The name of the slot on `publisher` that `subscriber` reads: with more than two nodes one for each subscriber. A
+    /// slot's name allows less than a node's.
+    pub fn slot(&self, publisher: &str, subscriber: &str) -> String {
+        let name = self.subscription_to(publisher);
+        let name = if self.nodes.len() <= 2 { name } else { format!("{name}_{subscriber}") };
+        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+        name.to_ascii_lowercase().chars().map(|c| if allowed(c) { c } else { '_' }).take(63).collect()
     }
 
     /// The node that a subscription of `node` brings rows from, if it is one of this configuration.

@@ -3,12 +3,14 @@
 //! Deliberately only the form `keyword=value`: what a subscription was given as a URI is not taken apart.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::config::{Config, Node, TlsMode};
 
-/// How long a subscription's worker tries one address of its publisher before it tries the next, in seconds: without it, an
-/// IPv6 address that leads nowhere costs what TCP allows, two minutes and more.
-const CONNECT_TIMEOUT: &str = "5";
+/// How long a subscription's worker tries one address of its publisher before it tries the next: without it, an IPv6 address
+/// that leads nowhere costs what TCP allows, two minutes and more. It is `tcp_user_timeout` that does that, for the server
+/// connects without looking at `connect_timeout`; so it is, too, how long what was sent may stay unacknowledged later on.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A connection string, keyword by keyword, in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -36,8 +38,13 @@ impl Conninfo {
             }
         }
         conninfo.set("application_name", &config.subscription_to(&publisher.name));
-        conninfo.set("connect_timeout", CONNECT_TIMEOUT);
+        conninfo.set("tcp_user_timeout", &PATIENCE.as_millis().to_string());
         conninfo
+    }
+
+    /// How long one address is tried by a subscription that connects with what is wanted.
+    pub const fn patience() -> Duration {
+        PATIENCE
     }
 
     /// Takes a connection string apart by libpq's rules. The error says what is wrong, and repeats nothing of it.
@@ -165,7 +172,7 @@ mod tests {
         assert_eq!(
             wanted("b", "a"),
             "host=ipv4.a.example.net port=5433 dbname=stillebot user=replicator sslmode=verify-full sslrootcert=/r \
-             sslcert='/b c' sslkey='/b k' application_name=multihome connect_timeout=5"
+             sslcert='/b c' sslkey='/b k' application_name=multihome tcp_user_timeout=5000"
         );
         assert!(wanted("a", "b").starts_with("host=b.example.net port=5432 "));
         assert!(wanted("a", "b").contains(" sslcert=/c sslkey=/k "));

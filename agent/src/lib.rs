@@ -14,12 +14,18 @@
 //! template.rs texts with columns in them
 //! conninfo.rs libpq's connection strings
 //! crew.rs    the sessions of one command, each holding its node's lock
+//! survey.rs  what one node tells about itself for set-up
+//! check.rs   what of it is right, what is not, and what mends it, without IO
+//! hba.rs     who gets in by pg_hba.conf, without IO
+//! grants.rs  what the agent's role has to be allowed
+//! clock.rs   a server's clock, measured from here
 //! sight.rs   what one node tells the watchdog
 //! watchdog.rs what is wrong with replication, without IO
 //! condition.rs the watchdog's vocabulary
 //! alarm.rs   what of it is said, and when, without IO
 //! node.rs    the only file that opens a connection
 //! stop.rs    signals and the deadline
+//! quote.rs   names and values as SQL wants them
 //! sql.rs     the names of the queries in sql/, one a file
 //! failure.rs exit codes and how an error is shown
 //! ```
@@ -27,7 +33,9 @@
 //! Deliberately a library only so that tests can see [`hop::STEPS`]; it promises no API.
 
 pub mod alarm;
+pub mod check;
 pub mod cli;
+pub mod clock;
 pub mod cmd;
 pub mod condition;
 pub mod config;
@@ -36,14 +44,18 @@ pub mod conninfo;
 pub mod crew;
 pub mod facts;
 pub mod failure;
+pub mod grants;
+pub mod hba;
 pub mod hop;
 pub mod node;
 pub mod order;
 pub mod pgpass;
+pub mod quote;
 pub mod resolve;
 pub mod resolver;
 pub mod sight;
 pub mod sql;
 pub mod stop;
+pub mod survey;
 pub mod template;
 pub mod watchdog;

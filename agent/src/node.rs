@@ -24,14 +24,16 @@ use tokio_postgres::config::SslMode;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{AsyncMessage, Client, NoTls, Notification, Row, Statement};
 
-use crate::config::{Config, Family, Node, TlsMode};
+use crate::config::{Config, Node, TlsMode};
 use crate::failure::{Failure, Kind};
 use crate::{pgpass, sql};
 
 /// What the agent's sessions are called on the servers.
 pub const APPLICATION_NAME: &str = "stillebot-agent";
 /// How long one address may take to answer a connection attempt.
-const ADDRESS_BOUND: Duration = Duration::from_secs(1);
+pub const ADDRESS_BOUND: Duration = Duration::from_secs(1);
+/// How long a name may take to be resolved.
+const NAME_BOUND: Duration = Duration::from_secs(5);
 /// Notifications that wait to be heard; more are dropped, as each only says that there is something to look at.
 const EARFUL: usize = 64;
 
@@ -90,6 +92,37 @@ fn place(node: &Node) -> String {
     } else {
         format!("{}:{}", node.host, node.port)
     }
+}
+
+/// What came of trying one address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// Somebody listens there.
+    Listens,
+    /// It said no at once, or the system did: what.
+    Refuses(String),
+    /// Nothing, for [`ADDRESS_BOUND`].
+    Silent,
+}
+
+/// Tries each address of a host, all at once, and says nothing there. The error says why the name has no addresses.
+pub async fn try_each(host: &str, port: u16) -> Result<Vec<(SocketAddr, Answer)>, String> {
+    let addresses: Vec<SocketAddr> = match timeout(NAME_BOUND, tokio::net::lookup_host((host, port))).await {
+        Ok(Ok(addresses)) => addresses.collect(),
+        Ok(Err(error)) => return Err(error.to_string()),
+        Err(_) => {
+            return Err(format!("the resolver does not answer within {}", humantime::format_duration(NAME_BOUND)));
+        }
+    };
+    let answers = addresses.into_iter().map(|address| async move {
+        let answer = match timeout(ADDRESS_BOUND, tokio::net::TcpStream::connect(address)).await {
+            Ok(Ok(_)) => Answer::Listens,
+            Ok(Err(error)) => Answer::Refuses(error.to_string()),
+            Err(_) => Answer::Silent,
+        };
+        (address, answer)
+    });
+    Ok(futures_util::future::join_all(answers).await)
 }
 
 /// Makes connections to the nodes of one configuration.
@@ -167,13 +200,7 @@ impl Connector {
             return self.connect_to(node, None).await;
         }
         let addresses: Vec<SocketAddr> = match tokio::net::lookup_host((node.host.as_str(), node.port)).await {
-            Ok(addresses) => addresses
-                .filter(|address| match node.family {
-                    Family::Any => true,
-                    Family::Ipv4 => address.is_ipv4(),
-                    Family::Ipv6 => address.is_ipv6(),
-                })
-                .collect(),
+            Ok(addresses) => addresses.filter(|address| node.family.admits(address.ip())).collect(),
             Err(error) => {
                 return Err(unreachable(
                     node,

@@ -246,7 +246,7 @@ pub async fn look(
 
 /// Free space where the WAL of a node is. Only if the node is reached through a socket and its data directory, as found
 /// here, belongs to whom the socket belongs to: then it is the same one, and not a namesake in another container.
-fn free_space(node: &Node, data_directory: &Path) -> Option<u64> {
+pub fn free_space(node: &Node, data_directory: &Path) -> Option<u64> {
     if !node.is_local() {
         return None;
     }

@@ -24,6 +24,7 @@ queries! {
     END_SESSION = "end_session.sql";
     EVEN = "even.sql";
     FLUSHED = "flushed.sql";
+    GRANTS = "grants.sql";
     IDENTITY = "identity.sql";
     LOCK = "lock.sql";
     LOCK_HOLDER = "lock_holder.sql";
@@ -43,6 +44,17 @@ queries! {
     SKIP = "skip.sql";
     STATE = "state.sql";
     SUBSCRIPTIONS = "subscriptions.sql";
+    SURVEY_CONNECTIONS = "survey_connections.sql";
+    SURVEY_GRANTS = "survey_grants.sql";
+    SURVEY_IDENTITY = "survey_identity.sql";
+    SURVEY_NODE = "survey_node.sql";
+    SURVEY_PUBLICATIONS = "survey_publications.sql";
+    SURVEY_ROLES = "survey_roles.sql";
+    SURVEY_RULES = "survey_rules.sql";
+    SURVEY_SETTINGS = "survey_settings.sql";
+    SURVEY_SLOTS = "survey_slots.sql";
+    SURVEY_SUBSCRIPTIONS = "survey_subscriptions.sql";
+    SURVEY_TABLES = "survey_tables.sql";
     TELL = "tell.sql";
     UNLOCK = "unlock.sql";
     UP = "up.sql";

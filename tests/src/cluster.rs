@@ -30,7 +30,8 @@ pub const NAMES: [&str; 3] = ["sikorsky", "gideon", "rodan"];
 pub const DATABASE: &str = "stillebot";
 
 const BOT_TABLES: &str = include_str!("../sql/bot.sql");
-const AGENT_GRANTS: &str = include_str!("../sql/agent_grants.sql");
+/// The agent's own list, for it is also what operators are told to grant.
+const AGENT_GRANTS: &str = include_str!("../../agent/sql/grants.sql");
 
 /// Two or three nodes, each subscribed to all others (`origin = none`), and an agent that knows them.
 ///
@@ -182,7 +183,7 @@ impl ClusterBuilder {
         let database = node.superuser(DATABASE).await?;
         if self.extension {
             database.batch_execute("create extension stillebot").await?;
-            database.batch_execute(AGENT_GRANTS).await?;
+            database.batch_execute(&AGENT_GRANTS.replace("{role}", "stillebot_agent")).await?;
         }
         database.batch_execute(&format!("set role rosuav; {BOT_TABLES} reset role;")).await?;
         database
@@ -288,7 +289,7 @@ impl Cluster {
                 let statement = format!(
                     "create subscription {subscription} \
                      connection 'host=127.0.0.1 port={port} dbname={DATABASE} user=replicator {tls} \
-                                 application_name={subscription}' \
+                                 application_name={subscription} tcp_user_timeout=5000' \
                      publication multihome \
                      with (slot_name = {slot}, origin = none, streaming = on, copy_data = false)"
                 );
@@ -426,10 +427,19 @@ host        = "127.0.0.1"
 port        = {}
 family      = "ipv4"
 active_name = "{}"
+
+[node.replication]
+port = {}
+root = "{tls}/root.pem"
+cert = "{tls}/server-as-replicator.pem"
+key  = "{tls}/server-as-replicator.key"
 "#,
                 node.name(),
                 self.agent_links.get(index).map_or(node.port(), Proxy::port),
                 active_name(node.name()),
+                // With more than two nodes each link of a node has a port of its own, which no configuration can say.
+                (0..self.nodes.len()).find_map(|to| self.links.get(&(index, to))).map_or(node.port(), Proxy::port),
+                tls = node.socket_directory().join("tls").display(),
             )?;
         }
         Ok(fs::write(self.agent_configuration(), text)?)

@@ -69,6 +69,16 @@ pub fn workspace() -> &'static Path {
 }
 
 impl Installation {
+    /// pg_ident.conf: we, and the servers' own user, may be any role through the socket.
+    pub(crate) fn local_users(&self) -> Result<String> {
+        let mut lines = String::new();
+        for uid in [Uid::effective(), self.server_user.uid] {
+            let user = User::from_uid(uid)?.with_context(|| format!("user {uid} has no name"))?;
+            lines.push_str(&format!("harness \"{}\" all\n", user.name));
+        }
+        Ok(lines)
+    }
+
     /// The one under test: `$PG_CONFIG`, else what `scripts/setup` wrote to `target/pg_config`. Looked up once.
     pub fn get() -> Result<&'static Self> {
         static FOUND: OnceLock<Result<Installation, String>> = OnceLock::new();

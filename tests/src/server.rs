@@ -535,11 +535,12 @@ impl Server {
         fs::write(
             data.join("pg_hba.conf"),
             "# Sockets are for the harness; TLS with a client certificate is for everybody else, as in life.\n\
-             local   all         all  trust\n\
-             local   replication all  trust\n\
+             local   all         all  peer map=harness\n\
+             local   replication all  peer map=harness\n\
              hostssl all         all  127.0.0.1/32  cert\n\
              hostssl replication all  127.0.0.1/32  cert\n",
         )?;
+        fs::write(data.join("pg_ident.conf"), self.installation.local_users()?)?;
         fs::write(data.join("postgresql.conf"), "include '../postgresql.conf'\n")?;
         self.write_config()
     }

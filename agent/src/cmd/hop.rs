@@ -16,26 +16,17 @@ use tokio_postgres::types::PgLsn;
 
 use super::{Context, IN_THE_WAY, Reply, UP_BOUND, WRITE_BOUND, open, print, whoami, write_active};
 use crate::cli::Hop as Options;
+use crate::clock::Clock;
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts::{self, Facts, State};
 use crate::failure::{Failure, Kind};
 use crate::hop::{Abort, Decision, Effect, Hop, Mode, Note, Plan, Request, Seen, Stage};
-use crate::node::{NodeError, Params, Session, Trouble};
+use crate::node::{NodeError, Params, Trouble};
 use crate::sql;
 use crate::stop::Limits;
 
 /// How long undoing may take on each node, after the deadline.
 const UNDO_BOUND: Duration = Duration::from_secs(10);
-/// How many round trips a clock is measured with; the fastest counts.
-const CLOCK_ROUNDS: usize = 7;
-
-/// A server's clock against this machine's, in microseconds.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Clock {
-    offset: f64,
-    uncertainty: f64,
-}
-
 /// What was done in one step.
 #[derive(Debug, Clone, Serialize)]
 struct Done {
@@ -281,7 +272,7 @@ impl Run<'_> {
         session.prepare(sql::UP, LOOK_BOUND).await?;
         session.prepare(sql::APPLIED, LOOK_BOUND).await?;
         for name in facts.keys() {
-            let clock = clock(self.crew.session(name)?).await?;
+            let clock = Clock::measure(self.crew.session(name)?, LOOK_BOUND).await?;
             self.clocks.insert(name.clone(), clock);
         }
         Ok(())
@@ -905,23 +896,4 @@ fn new_id() -> Result<String, Failure> {
     openssl::rand::rand_bytes(&mut bytes)
         .map_err(|error| Failure::new(Kind::Undone, format!("no random numbers: {error}")))?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-/// Measures a server's clock: the round trip that took least time says most.
-async fn clock(session: &Session) -> Result<Clock, NodeError> {
-    let mut best: Option<Clock> = None;
-    for _ in 0..CLOCK_ROUNDS {
-        let sent = now_us();
-        let server: i64 = session.row(sql::CLOCK, &[], LOOK_BOUND).await?.get("now_us");
-        let received = now_us();
-        let uncertainty = (received - sent).max(0.0) / 2.0;
-        if best.is_none_or(|best| uncertainty < best.uncertainty) {
-            best = Some(Clock { offset: server as f64 - (sent + received) / 2.0, uncertainty });
-        }
-    }
-    Ok(best.unwrap_or(Clock { offset: 0.0, uncertainty: f64::INFINITY }))
-}
-
-fn now_us() -> f64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64() * 1e6)
 }

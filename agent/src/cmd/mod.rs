@@ -18,6 +18,7 @@ use crate::sql;
 use crate::stop::Signals;
 
 pub mod activate;
+pub mod check;
 pub mod conflicts;
 pub mod down;
 pub mod hop;
@@ -104,6 +105,7 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
     let context = Context { config, connector, signals, json: cli.json };
     let result = match &cli.command {
         Command::Status { watch } => status::run(&context, *watch).await,
+        Command::Check { verbose } => check::run(&context, *verbose).await,
         Command::Down { node, reason, timeout, terminate, dry_run } => {
             let wish = down::Wish { node, reason: reason.as_deref(), timeout: *timeout, terminate: *terminate };
             down::run(&context, &wish, *dry_run).await

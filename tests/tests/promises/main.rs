@@ -4,6 +4,7 @@ use std::time::Duration;
 
 mod agent;
 mod answers;
+mod check;
 mod conflicts;
 mod contract;
 mod down;

@@ -1,0 +1,2 @@
+-- Who the node says it is; null if nobody has told it yet.
+select multihome.identity()::text as survey

@@ -1,0 +1,1579 @@
+//! What is right about a set of nodes, what is not, and what mends it: findings out of what the nodes told. Pure.
+//!
+//! One function per subject. Deliberately says nothing of what changes by the minute: that is the watchdog's.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use serde::Serialize;
+
+use crate::condition::Size;
+use crate::config::{Config, Family, Node};
+use crate::conninfo::Conninfo;
+use crate::hba::{Caller, Guard, Rule};
+use crate::node::{ADDRESS_BOUND, Answer};
+use crate::quote::{literal, name};
+use crate::survey::{Column, Key, Sequence, Subscription, Survey, Table};
+
+/// The least version of PostgreSQL: from it on subscriptions know `origin`.
+const LEAST_VERSION: i32 = 16_00_00;
+/// Clocks that differ by more make the newest version of a row a matter of luck.
+const SKEW_BOUND_US: f64 = 500_000.0;
+/// Less free space than that is little for anybody's WAL.
+const LEAST_FREE: u64 = 1 << 30;
+/// How many differences of a table are told.
+const SHOWN: usize = 3;
+
+/// What was looked at, and how it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// Which thing, in words that stay.
+    pub subject: &'static str,
+    /// The node that it is about.
+    pub node: String,
+    /// The other node, if it is about two.
+    pub peer: Option<String>,
+    /// The table, line, slot or whatever else there are several of.
+    pub about: Option<String>,
+    /// How it is.
+    pub verdict: Verdict,
+    /// What was found.
+    pub found: String,
+    /// What is needed.
+    pub needed: String,
+    /// What makes it so, in order.
+    pub remedy: Vec<Remedy>,
+    /// Who or what can do that. None: nothing needs to be done.
+    pub mends: Option<Mends>,
+}
+
+/// How a thing is, the worst last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// As it is needed.
+    Ok,
+    /// It could not be looked at.
+    Unknown,
+    /// It works, and will be regretted.
+    Warning,
+    /// It does not work, or harms.
+    Error,
+}
+
+impl Verdict {
+    /// Its word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Unknown => "unknown",
+            Self::Warning => "warning",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// One step of what makes it right.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Remedy {
+    /// A statement, as superuser in the replicated database.
+    Sql {
+        /// Where.
+        node: String,
+        /// Without a semicolon.
+        statement: String,
+    },
+    /// A line of a file on the node's host.
+    File {
+        /// Where.
+        node: String,
+        /// The file, as the server calls it.
+        path: String,
+        /// The line; empty: none.
+        line: String,
+        /// The number of the line whose place it takes.
+        instead_of: Option<i32>,
+        /// The number of the line that it must come before. Neither: anywhere.
+        before: Option<i32>,
+    },
+    /// A command on a host.
+    Shell {
+        /// Where.
+        node: String,
+        /// The command.
+        command: String,
+    },
+    /// A restart of the server.
+    Restart {
+        /// Where.
+        node: String,
+    },
+}
+
+/// Who or what mends it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mends {
+    /// Statements that change nothing but what is wrong.
+    Sql,
+    /// A file on the node's host.
+    File,
+    /// Statements, and a restart of the server.
+    Restart,
+    /// A person, who has to think: the remedy, if there is one, is what most would do.
+    Person,
+}
+
+impl Finding {
+    fn new(subject: &'static str, node: &str, verdict: Verdict) -> Self {
+        Self {
+            subject,
+            node: node.to_owned(),
+            peer: None,
+            about: None,
+            verdict,
+            found: String::new(),
+            needed: String::new(),
+            remedy: Vec::new(),
+            mends: (verdict > Verdict::Ok).then_some(Mends::Person),
+        }
+    }
+
+    fn ok(subject: &'static str, node: &str) -> Self {
+        Self::new(subject, node, Verdict::Ok)
+    }
+
+    fn unknown(subject: &'static str, node: &str) -> Self {
+        Self::new(subject, node, Verdict::Unknown)
+    }
+
+    fn warning(subject: &'static str, node: &str) -> Self {
+        Self::new(subject, node, Verdict::Warning)
+    }
+
+    fn error(subject: &'static str, node: &str) -> Self {
+        Self::new(subject, node, Verdict::Error)
+    }
+
+    fn peer(mut self, peer: &str) -> Self {
+        self.peer = Some(peer.to_owned());
+        self
+    }
+
+    fn about(mut self, about: impl Into<String>) -> Self {
+        self.about = Some(about.into());
+        self
+    }
+
+    fn found(mut self, found: impl Into<String>) -> Self {
+        self.found = found.into();
+        self
+    }
+
+    fn needed(mut self, needed: impl Into<String>) -> Self {
+        self.needed = needed.into();
+        self
+    }
+
+    /// Adds a statement on the node itself.
+    fn sql(self, statement: impl Into<String>) -> Self {
+        let node = self.node.clone();
+        self.sql_on(&node, statement)
+    }
+
+    fn sql_on(mut self, node: &str, statement: impl Into<String>) -> Self {
+        self.remedy.push(Remedy::Sql { node: node.to_owned(), statement: statement.into() });
+        self.mends = Some(Mends::Sql);
+        self
+    }
+
+    fn restart(mut self) -> Self {
+        self.remedy.push(Remedy::Restart { node: self.node.clone() });
+        self.mends = Some(Mends::Restart);
+        self
+    }
+
+    fn shell(mut self, command: impl Into<String>) -> Self {
+        self.remedy.push(Remedy::Shell { node: self.node.clone(), command: command.into() });
+        self.mends = Some(Mends::Person);
+        self
+    }
+
+    /// Adds a line of pg_hba.conf, and has it read.
+    fn rule(mut self, path: &str, line: impl Into<String>, instead_of: Option<i32>, before: Option<i32>) -> Self {
+        let (node, path) = (self.node.clone(), path.to_owned());
+        self.remedy.push(Remedy::File { node, path, line: line.into(), instead_of, before });
+        self = self.sql(RELOAD);
+        self.mends = Some(Mends::File);
+        self
+    }
+
+    fn person(mut self) -> Self {
+        self.mends = Some(Mends::Person);
+        self
+    }
+}
+
+const RELOAD: &str = "select pg_catalog.pg_reload_conf()";
+
+/// The addresses of one name of a node, tried from here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The name, as configured.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+    /// The subscriptions of its peers connect there, and perhaps the agent.
+    pub for_subscriptions: bool,
+    /// Each address and what came of it; or why there is none.
+    pub answers: Result<Vec<(SocketAddr, Answer)>, String>,
+}
+
+/// What is known.
+pub struct Seen<'a> {
+    /// The configuration.
+    pub config: &'a Config,
+    /// What the nodes told, by name.
+    pub surveys: &'a BTreeMap<String, Survey>,
+    /// Where the nodes are, by name.
+    pub places: &'a BTreeMap<String, Vec<Place>>,
+}
+
+/// A node that could not be asked.
+pub fn unreachable(node: &str, found: &str, needed: &str) -> Finding {
+    Finding::error("connection", node).found(found).needed(needed)
+}
+
+/// All findings, node by node in the order of the configuration.
+pub fn findings(seen: &Seen<'_>) -> Vec<Finding> {
+    let mut all = Vec::new();
+    for node in &seen.config.nodes {
+        all.extend(addresses(seen, node));
+        let Some(survey) = seen.surveys.get(&node.name) else { continue };
+        let this = This { seen, config: seen.config, node, survey };
+        this.server(&mut all);
+        this.settings(&mut all);
+        this.access(&mut all);
+        this.extension(&mut all);
+        this.identity(&mut all);
+        this.roles(&mut all);
+        this.publication(&mut all);
+        this.tables(&mut all);
+        this.subscriptions(&mut all);
+        this.slots(&mut all);
+        this.alike(&mut all);
+    }
+    all
+}
+
+/// One node among the others.
+struct This<'a> {
+    seen: &'a Seen<'a>,
+    config: &'a Config,
+    node: &'a Node,
+    survey: &'a Survey,
+}
+
+impl<'a> This<'a> {
+    fn name(&self) -> &'a str {
+        &self.node.name
+    }
+
+    /// The other nodes of the configuration.
+    fn peers(&self) -> impl Iterator<Item = &'a Node> {
+        let own = self.name();
+        self.config.nodes.iter().filter(move |node| node.name != own)
+    }
+
+    /// Those of them that come later, and could be asked: each pair is compared once.
+    fn later(&self) -> impl Iterator<Item = (&'a str, &'a Survey)> {
+        let own = self.name();
+        let after = self.config.nodes.iter().skip_while(move |node| node.name != own).skip(1);
+        let surveys = self.seen.surveys;
+        after.filter_map(move |node| surveys.get(&node.name).map(|survey| (node.name.as_str(), survey)))
+    }
+
+    fn setting(&self, name: &str) -> Option<&'a str> {
+        self.survey.settings.get(name).map(|setting| setting.value.as_str())
+    }
+
+    fn number(&self, name: &str) -> Option<i64> {
+        self.setting(name).and_then(|value| value.parse().ok())
+    }
+
+    // ---- the server ----
+
+    fn server(&self, out: &mut Vec<Finding>) {
+        let about = &self.survey.about;
+        let subject = "postgresql_version";
+        let version = if about.version_num < LEAST_VERSION {
+            Finding::error(subject, self.name())
+        } else {
+            Finding::ok(subject, self.name())
+        };
+        out.push(version.found(&about.version).needed("PostgreSQL 16 or newer"));
+        if about.in_recovery {
+            let found = "a standby in recovery: it can neither subscribe nor be written";
+            out.push(Finding::error("standby", self.name()).found(found).needed("a primary server"));
+        }
+        let (made, now) = (&about.collation_version, &about.collation_version_now);
+        if let (Some(made), Some(now)) = (made, now)
+            && made != now
+        {
+            let database = name(&self.config.database);
+            out.push(
+                Finding::warning("collation_version", self.name())
+                    .found(format!("indexes were made with version {made} of the collation, the system now has {now}"))
+                    .needed("indexes of texts built anew, and then the version noted")
+                    .sql(format!("reindex database {database}"))
+                    .sql(format!("alter database {database} refresh collation version"))
+                    .person(),
+            );
+        }
+        if let Some(free) = self.survey.free {
+            let kept = self.number("max_slot_wal_keep_size").filter(|megabytes| *megabytes >= 0);
+            let needed = kept.map_or(LEAST_FREE, |megabytes| (megabytes.unsigned_abs() << 20).max(LEAST_FREE));
+            let finding = if free < needed {
+                Finding::warning("disk_space", self.name())
+            } else {
+                Finding::ok("disk_space", self.name())
+            };
+            out.push(
+                finding
+                    .found(format!("{} free", Size(free)))
+                    .needed(format!("{} for WAL that slots keep", Size(needed))),
+            );
+        }
+    }
+
+    // ---- settings ----
+
+    fn settings(&self, out: &mut Vec<Finding>) {
+        let exactly = |value: &'static str| move |found: &str| found == value;
+        self.must(out, "wal_level", "logical", exactly("logical"));
+        self.must(out, "track_commit_timestamp", "on", exactly("on"));
+        self.must(out, "ssl", "on", exactly("on"));
+        self.preload(out);
+        self.listen(out);
+        self.places(out);
+        self.named(out);
+        self.keep(out);
+        // What waits for a restart and has been told of above is told once.
+        let told: BTreeSet<&str> = out
+            .iter()
+            .filter(|finding| finding.node == self.name() && finding.verdict > Verdict::Ok)
+            .map(|finding| finding.subject)
+            .collect();
+        for setting in self.survey.settings.values().filter(|setting| setting.pending) {
+            if !told.contains(setting.name.as_str()) {
+                out.push(
+                    Finding::warning("pending_restart", self.name())
+                        .about(&setting.name)
+                        .found(format!("{}; what the configuration has now waits for a restart", setting.value))
+                        .needed("what is configured to be in force")
+                        .restart(),
+                );
+            }
+        }
+    }
+
+    /// A setting that has to have a value.
+    fn must(&self, out: &mut Vec<Finding>, setting: &'static str, needed: &str, well: impl Fn(&str) -> bool) {
+        out.push(match self.setting(setting) {
+            Some(value) if well(value) => Finding::ok(setting, self.name()).found(value).needed(needed),
+            value => self.set(setting, Verdict::Error, value.map(str::to_owned), needed, &literal(needed)),
+        });
+    }
+
+    /// A setting that has not the value it should have, with the statement that gives it; `value` as SQL wants it.
+    fn set(
+        &self,
+        setting: &'static str,
+        verdict: Verdict,
+        found: Option<String>,
+        needed: &str,
+        value: &str,
+    ) -> Finding {
+        let known = self.survey.settings.get(setting);
+        let Some(found) = found else {
+            return Finding::unknown(setting, self.name())
+                .found("the agent's role does not see it")
+                .needed(needed)
+                .sql(format!("grant pg_monitor to {}", name(&self.config.user)));
+        };
+        let pending = known.is_some_and(|setting| setting.pending);
+        let found = if pending { format!("{found}; another value waits for a restart") } else { found };
+        let finding = Finding::new(setting, self.name(), verdict).found(found);
+        if known.is_some_and(|setting| setting.on_command_line) {
+            return finding.needed(format!("{needed}, on the server's command line, where it is set"));
+        }
+        let finding = finding.needed(needed).sql(format!("alter system set {setting} = {value}"));
+        if known.is_some_and(|setting| setting.restart) { finding.restart() } else { finding.sql(RELOAD) }
+    }
+
+    fn preload(&self, out: &mut Vec<Finding>) {
+        let setting = "shared_preload_libraries";
+        let needed = "stillebot among them";
+        let found = self.setting(setting);
+        let libraries: Vec<&str> = found
+            .unwrap_or_default()
+            .split(',')
+            .map(|library| library.trim().trim_matches('"'))
+            .filter(|library| !library.is_empty())
+            .collect();
+        let is_it =
+            |library: &&str| library.rsplit('/').next().is_some_and(|file| file.trim_end_matches(".so") == "stillebot");
+        out.push(if libraries.iter().any(is_it) {
+            Finding::ok(setting, self.name()).found(libraries.join(", ")).needed(needed)
+        } else {
+            let value: Vec<String> = libraries.iter().copied().chain(["stillebot"]).map(literal).collect();
+            let found = found.map(|_| if libraries.is_empty() { "none".into() } else { libraries.join(", ") });
+            self.set(setting, Verdict::Error, found, needed, &value.join(", "))
+        });
+    }
+
+    fn listen(&self, out: &mut Vec<Finding>) {
+        let setting = "listen_addresses";
+        let host = self.node.replication.host.as_deref().unwrap_or(&self.node.host);
+        let found = self.setting(setting);
+        let listens: Vec<&str> =
+            found.unwrap_or_default().split(',').map(str::trim).filter(|a| !a.is_empty()).collect();
+        let (needed, well) = if host.starts_with('/') {
+            ("anything: peers come through the socket".to_owned(), true)
+        } else if is_loopback(host) {
+            ("an address of this host".to_owned(), !listens.is_empty())
+        } else {
+            ("'*', or an address that peers reach".to_owned(), listens.iter().any(|address| !is_loopback(address)))
+        };
+        out.push(match found {
+            Some(found) if well => Finding::ok(setting, self.name()).found(found).needed(needed),
+            found => self.set(setting, Verdict::Error, found.map(|found| format!("'{found}'")), &needed, "'*'"),
+        });
+    }
+
+    /// Slots, origins, senders and workers: with less than the first number replication does not run, with less than the
+    /// second it cannot copy tables at the same time, or may find all places taken.
+    fn places(&self, out: &mut Vec<Finding>) {
+        let about = &self.survey.about;
+        let peers = self.peers().count() as i64;
+        let sync = self.number("max_sync_workers_per_subscription").unwrap_or(2);
+        // The peers' own numbers say how many tables they copy at once.
+        let copies: i64 = self
+            .peers()
+            .map(|peer| {
+                let survey = self.seen.surveys.get(&peer.name);
+                let setting = survey.and_then(|survey| survey.settings.get("max_sync_workers_per_subscription"));
+                setting.and_then(|setting| setting.value.parse().ok()).unwrap_or(2)
+            })
+            .sum();
+        let subscriptions = peers + about.other_subscriptions;
+        // Up to 17 a subscriber's origins are counted by the same setting as a publisher's slots.
+        let origins = if about.version_num < 18_00_00 { subscriptions + peers * sync } else { 0 };
+        let slots = peers + about.other_slots;
+        let logical = subscriptions + sync;
+        // One launcher of core's, one of ours, and a collector for each database with subscriptions.
+        let own = 2 + 1 + about.other_databases;
+        let parallel = self.number("max_parallel_workers").unwrap_or(8);
+        let reserved = self.number("max_logical_replication_workers").unwrap_or(logical).max(logical);
+        let mut needs = vec![
+            (
+                "max_replication_slots",
+                slots.max(if origins > 0 { subscriptions } else { 0 }),
+                (slots + copies).max(origins),
+            ),
+            ("max_wal_senders", peers + about.other_senders, peers + copies + about.other_senders),
+            ("max_logical_replication_workers", subscriptions, logical),
+            ("max_worker_processes", subscriptions + own, reserved + own + parallel),
+        ];
+        if about.version_num >= 18_00_00 {
+            needs.push(("max_active_replication_origins", subscriptions, subscriptions + peers * sync));
+        }
+        for (setting, least, ample) in needs {
+            let found = self.number(setting);
+            let why = match setting {
+                "max_replication_slots" => format!("{slots} now, and {copies} while tables are copied"),
+                "max_wal_senders" => format!("{least} now, and {copies} while tables are copied"),
+                "max_logical_replication_workers" => {
+                    format!("{subscriptions} subscriptions, and {sync} that copy tables")
+                }
+                "max_worker_processes" => format!(
+                    "{own} that never end, {reserved} of replication, and {parallel} that parallel queries may take"
+                ),
+                _ => format!("{subscriptions} subscriptions, and {sync} tables of each being copied"),
+            };
+            let needed = format!("{ample} or more: {why}");
+            out.push(match found {
+                Some(found) if found >= ample => {
+                    Finding::ok(setting, self.name()).found(found.to_string()).needed(needed)
+                }
+                found => {
+                    let verdict = if found < Some(least) { Verdict::Error } else { Verdict::Warning };
+                    self.set(setting, verdict, found.map(|found| found.to_string()), &needed, &ample.to_string())
+                }
+            });
+        }
+    }
+
+    fn named(&self, out: &mut Vec<Finding>) {
+        let setting = "stillebot.node";
+        // Without the library there is no such setting, and that is told elsewhere.
+        let Some(found) = self.setting(setting) else { return };
+        out.push(if found == self.name() {
+            Finding::ok(setting, self.name()).found(found).needed(self.name())
+        } else {
+            let shown = if found.is_empty() { "not set".to_owned() } else { found.to_owned() };
+            self.set(setting, Verdict::Warning, Some(shown), self.name(), &literal(self.name()))
+        });
+    }
+
+    fn keep(&self, out: &mut Vec<Finding>) {
+        let setting = "max_slot_wal_keep_size";
+        let needed = "a bound: otherwise a peer that stays away fills the disk with WAL";
+        // In megabytes; none is -1.
+        let megabytes = self.number(setting);
+        out.push(match megabytes {
+            Some(megabytes) if megabytes >= 0 => {
+                let found = Size(megabytes.unsigned_abs() << 20).to_string();
+                Finding::ok(setting, self.name()).found(found).needed(needed)
+            }
+            found => {
+                let third = self.survey.free.map_or(10, |free| (free / 3 >> 30).max(1));
+                let found = found.map(|_| "no bound".to_owned());
+                self.set(setting, Verdict::Warning, found, needed, &format!("'{third}GB'"))
+            }
+        });
+    }
+
+    // ---- pg_hba.conf ----
+
+    fn access(&self, out: &mut Vec<Finding>) {
+        let Some(rules) = &self.survey.rules else {
+            out.push(
+                Finding::unknown("pg_hba", self.name())
+                    .found("the agent's role may not look at it")
+                    .needed("EXECUTE on pg_hba_file_rules()")
+                    .sql(format!(
+                        "grant execute on function pg_catalog.pg_hba_file_rules() to {}",
+                        name(&self.config.user)
+                    )),
+            );
+            return;
+        };
+        let before = out.len();
+        for rule in rules {
+            if let Some(error) = &rule.error {
+                out.push(
+                    Finding::error("pg_hba_line", self.name())
+                        .about(format!("{} line {}", rule.file, rule.line))
+                        .found(error)
+                        .needed("a line that the server understands: until then it keeps what it had read before"),
+                );
+            }
+        }
+        self.locals(rules, out);
+        self.networks(rules, out);
+        if out.len() == before {
+            out.push(Finding::ok("pg_hba_line", self.name()).found("nothing too wide").needed("nothing too wide"));
+        }
+        self.entrances(rules, out);
+    }
+
+    fn locals(&self, rules: &[Rule], out: &mut Vec<Finding>) {
+        let locals =
+            rules.iter().filter(|rule| rule.kind.as_deref() == Some("local") && rule.is_about(&self.config.database));
+        for rule in locals.filter(|rule| !matches!(rule.method.as_deref(), Some("peer" | "reject"))) {
+            let subject = "pg_hba_line";
+            let finding = if rule.guard() == Guard::Open {
+                Finding::error(subject, self.name())
+            } else {
+                Finding::warning(subject, self.name())
+            };
+            let mut line = rule.clone();
+            line.method = Some("peer".into());
+            line.options.clear();
+            out.push(
+                finding
+                    .about(format!("{} line {}", rule.file, rule.line))
+                    .found(rule.to_string())
+                    .needed("the operating system's word for who comes through the socket: peer")
+                    .rule(&rule.file, line.to_string(), Some(rule.line), None),
+            );
+        }
+    }
+
+    fn networks(&self, rules: &[Rule], out: &mut Vec<Finding>) {
+        for rule in rules.iter().filter(|rule| rule.kind.as_deref().is_some_and(|kind| kind != "local")) {
+            let everybody = rule.is_for_everybody() && rule.is_for_everywhere();
+            let (verdict, needed) = match rule.guard() {
+                Guard::Shut => continue,
+                Guard::Open => (Verdict::Error, "cert, or scram-sha-256, over hostssl: this lets in whoever says so"),
+                Guard::Weak => (Verdict::Warning, "scram-sha-256: this gives passwords away"),
+                Guard::Strong if rule.may_be_plain() && !rule.is_for_this_host() => {
+                    (Verdict::Warning, "hostssl: this lets connections in that are not encrypted")
+                }
+                Guard::Strong if everybody => {
+                    (Verdict::Warning, "the databases and roles that are meant: this is about all, from everywhere")
+                }
+                Guard::Strong => continue,
+            };
+            let mut line = rule.clone();
+            let finding = Finding::new("pg_hba_line", self.name(), verdict)
+                .about(format!("{} line {}", rule.file, rule.line))
+                .found(rule.to_string())
+                .needed(needed);
+            if rule.guard() != Guard::Strong {
+                line.method = Some("scram-sha-256".into());
+                line.options.clear();
+            }
+            if rule.may_be_plain() && !rule.is_for_this_host() {
+                line.kind = Some("hostssl".into());
+            }
+            if everybody {
+                line.databases = Some(vec![self.config.database.clone()]);
+            }
+            out.push(finding.rule(&rule.file, line.to_string(), Some(rule.line), None).person());
+        }
+    }
+
+    /// Whether each peer's subscription gets in, and by which line.
+    fn entrances(&self, rules: &[Rule], out: &mut Vec<Finding>) {
+        let subject = "pg_hba_replication";
+        let role = &self.config.replication.user;
+        let nobody = BTreeSet::new();
+        let groups = self.survey.roles.get(role).map_or(&nobody, |role| &role.groups);
+        for peer in self.peers() {
+            let slot = self.config.slot(self.name(), &peer.name);
+            let reader =
+                self.survey.slots.iter().find(|found| found.name == slot).and_then(|found| found.reader.as_deref());
+            // Where it does come from, or else where it is reached.
+            let addresses: Vec<IpAddr> = match reader.and_then(|address| address.parse().ok()) {
+                Some(address) => vec![address],
+                None => self.addresses_of(peer),
+            };
+            let names = [peer.host.as_str(), peer.replication.host.as_deref().unwrap_or(&peer.host)];
+            let method = if Conninfo::wanted(self.config, peer, self.node).get("sslcert").is_some() {
+                "cert"
+            } else {
+                "scram-sha-256"
+            };
+            let line = format!("hostssl {} {} all {method}", rule_word(&self.config.database), rule_word(role));
+            let needed = format!("{line} (and map=... where the certificate's name is not the role)");
+            if addresses.is_empty() {
+                let found = format!("where {} comes from is not known", peer.name);
+                out.push(Finding::unknown(subject, self.name()).peer(&peer.name).found(found).needed(needed));
+                continue;
+            }
+            let mut worst: Option<Finding> = None;
+            for address in addresses {
+                let database = &self.config.database;
+                let caller = Caller { database, user: role, groups, address: Some(address), names: &names, tls: true };
+                let rule = Rule::deciding(rules, &caller);
+                let place = |rule: &Rule| format!("line {}: {rule}", rule.line);
+                let finding = match rule.map(|rule| (rule, rule.guard())) {
+                    Some((rule, Guard::Strong | Guard::Weak | Guard::Open)) => {
+                        // How well that line guards is told of the line.
+                        Finding::ok(subject, self.name()).found(place(rule))
+                    }
+                    shut => {
+                        let path = self.setting("hba_file").unwrap_or("pg_hba.conf");
+                        let before = shut.map(|(rule, _)| rule.line);
+                        let path = shut.map_or(path, |(rule, _)| rule.file.as_str());
+                        let found = match shut {
+                            Some((rule, _)) => format!("{address} is turned away by {}", place(rule)),
+                            None => format!("no line lets {role} in from {address}"),
+                        };
+                        Finding::error(subject, self.name()).found(found).rule(path, &line, None, before)
+                    }
+                };
+                if worst.as_ref().is_none_or(|worst| finding.verdict > worst.verdict) {
+                    worst = Some(finding.peer(&peer.name).needed(&needed));
+                }
+            }
+            out.extend(worst);
+        }
+    }
+
+    /// The addresses of a node as they are known here.
+    fn addresses_of(&self, node: &Node) -> Vec<IpAddr> {
+        let places = self.seen.places.get(&node.name).into_iter().flatten().filter(|place| place.for_subscriptions);
+        places.flat_map(|place| place.answers.iter().flatten()).map(|(address, _)| address.ip()).collect()
+    }
+
+    // ---- the extension ----
+
+    fn extension(&self, out: &mut Vec<Finding>) {
+        let subject = "extension";
+        let about = &self.survey.about;
+        let available = about.extension_available.as_deref();
+        let Some(available) = available else {
+            out.push(
+                Finding::error(subject, self.name())
+                    .found("not installed on the server")
+                    .needed("its library and SQL files")
+                    .shell("make install PG_CONFIG=..."),
+            );
+            return;
+        };
+        let needed = format!("{available}, which is what the server has installed");
+        out.push(match about.extension.as_deref() {
+            None => Finding::error(subject, self.name())
+                .found("not created in the database")
+                .needed(needed)
+                .sql("create extension stillebot"),
+            Some(found) if found != available => {
+                Finding::error(subject, self.name()).found(found).needed(needed).sql("alter extension stillebot update")
+            }
+            Some(found) => Finding::ok(subject, self.name()).found(found).needed(needed),
+        });
+        for (peer, survey) in self.later() {
+            let other = survey.about.extension_available.as_deref();
+            if let Some(other) = other.filter(|other| *other != available) {
+                out.push(
+                    Finding::warning("extension_alike", self.name())
+                        .peer(peer)
+                        .found(format!("{available} is installed here, {other} on {peer}"))
+                        .needed("the same version on all nodes"),
+                );
+            }
+        }
+    }
+
+    fn identity(&self, out: &mut Vec<Finding>) {
+        if !self.survey.about.knows_itself {
+            return;
+        }
+        let subject = "identity";
+        let pairs: BTreeSet<&str> = self
+            .seen
+            .surveys
+            .values()
+            .filter_map(|survey| survey.identity.as_ref())
+            .map(|own| own.pair.as_str())
+            .collect();
+        let identify = |pair: &str| format!("select multihome.identify({}, {})", literal(self.name()), literal(pair));
+        let Some(own) = &self.survey.identity else {
+            let finding = Finding::warning(subject, self.name())
+                .found("the node does not know who it is")
+                .needed("its name, and to which nodes it belongs");
+            out.push(match pairs.first() {
+                Some(pair) if pairs.len() == 1 => finding.sql(identify(pair)),
+                _ => finding.shell("stillebot-agent init"),
+            });
+            return;
+        };
+        let finding = if own.foreign {
+            let why = own.why.as_deref().unwrap_or("its data was copied from another node");
+            Finding::error(subject, self.name())
+                .found(why)
+                .needed("an original; a copy that has replaced it is adopted")
+                .sql("select stillebot_adopt_identity()")
+                .person()
+        } else if own.node != self.name() {
+            Finding::error(subject, self.name())
+                .found(format!("it calls itself {}", own.node))
+                .needed("the name that the configuration has: check node.host first")
+                .sql(identify(&own.pair))
+                .person()
+        } else {
+            Finding::ok(subject, self.name()).found(&own.node).needed(self.name())
+        };
+        out.push(finding);
+        for (peer, survey) in self.later() {
+            let Some(other) = &survey.identity else { continue };
+            let found = if other.pair != own.pair {
+                format!("{} and {peer} belong to different sets of nodes", self.name())
+            } else if other.id == own.id {
+                format!("{} and {peer} are one node: one is a copy of the other", self.name())
+            } else {
+                continue;
+            };
+            let needed = "nodes that were set up together";
+            out.push(Finding::error("identity_alike", self.name()).peer(peer).found(found).needed(needed));
+        }
+    }
+
+    // ---- roles ----
+
+    fn roles(&self, out: &mut Vec<Finding>) {
+        self.replication_role(out);
+        let role = &self.config.user;
+        let Some(found) = self.survey.roles.get(role) else {
+            // Not who asks, then.
+            let finding = Finding::error("agent_role", self.name()).found(format!("there is no role {role}"));
+            let grants = self.survey.missing_grants.iter().map(|(grant, _)| grant.statement.clone());
+            let finding = finding.needed("LOGIN").sql(format!("create role {} login", name(role)));
+            out.push(grants.fold(finding, Finding::sql));
+            return;
+        };
+        let (finding, shown) = match (found.superuser, found.login) {
+            (true, _) => {
+                let finding = Finding::warning("agent_role", self.name());
+                (finding.sql(format!("alter role {} nosuperuser", name(role))).person(), "superuser")
+            }
+            (false, false) => {
+                let finding = Finding::error("agent_role", self.name());
+                (finding.sql(format!("alter role {} login", name(role))), "NOLOGIN")
+            }
+            (false, true) => (Finding::ok("agent_role", self.name()), "no superuser"),
+        };
+        out.push(finding.found(format!("{role}: {shown}")).needed("LOGIN, and no superuser"));
+        let (grantable, absent): (Vec<_>, Vec<_>) = self.survey.missing_grants.iter().partition(|(_, there)| *there);
+        // What an extension that is not there, or too old, does not have is told of the extension.
+        let of_extension = |schema: &str| matches!(schema, "multihome" | "public");
+        let absent: Vec<String> = absent
+            .iter()
+            .filter(|(grant, _)| !(of_extension(&grant.schema) || grant.name == "multihome"))
+            .map(|(grant, _)| format!("{} {}.{}", grant.kind, grant.schema, grant.name))
+            .collect();
+        let needed = "all that the agent does";
+        let finding = match (grantable.is_empty(), absent.is_empty()) {
+            (true, true) => Finding::ok("agent_grants", self.name()).found("all").needed(needed),
+            (false, _) => {
+                let finding = Finding::error("agent_grants", self.name())
+                    .found(format!("{} privileges are missing", grantable.len()))
+                    .needed(needed);
+                grantable.iter().fold(finding, |finding, (grant, _)| finding.sql(&grant.statement))
+            }
+            (true, false) => Finding::error("agent_grants", self.name())
+                .found(format!("there is no {}", absent.join(", ")))
+                .needed("what agent.toml names under [active]"),
+        };
+        out.push(finding);
+    }
+
+    fn replication_role(&self, out: &mut Vec<Finding>) {
+        let subject = "replication_role";
+        let role = &self.config.replication.user;
+        let quoted = name(role);
+        let needed = "LOGIN, REPLICATION, no superuser";
+        let Some(found) = self.survey.roles.get(role) else {
+            out.push(
+                Finding::error(subject, self.name())
+                    .found(format!("there is no role {role}"))
+                    .needed(needed)
+                    .sql(format!("create role {quoted} login replication"))
+                    .sql(format!("grant pg_read_all_data to {quoted}")),
+            );
+            return;
+        };
+        let lacks: Vec<&str> = [(found.login, "LOGIN"), (found.replication, "REPLICATION")]
+            .into_iter()
+            .filter_map(|(has, what)| (!has).then_some(what))
+            .collect();
+        out.push(if !lacks.is_empty() {
+            Finding::error(subject, self.name())
+                .found(format!("{role}: without {}", lacks.join(" and ")))
+                .needed(needed)
+                .sql(format!("alter role {quoted} login replication"))
+        } else if found.superuser {
+            Finding::warning(subject, self.name())
+                .found(format!("{role}: superuser"))
+                .needed(needed)
+                .sql(format!("alter role {quoted} nosuperuser"))
+                .sql(format!("grant pg_read_all_data to {quoted}"))
+                .person()
+        } else {
+            Finding::ok(subject, self.name()).found(role).needed(needed)
+        });
+        let tables = || self.survey.tables.iter().filter(|table| !table.unlogged && !table.partitioned);
+        let unreadable: Vec<&str> =
+            tables().filter(|table| table.readable == Some(false)).map(|table| table.name.as_str()).collect();
+        let needed = "all tables, for their initial copy";
+        let subject = "replication_reads";
+        out.push(if found.reads_all || unreadable.is_empty() {
+            Finding::ok(subject, self.name()).found("all tables").needed(needed)
+        } else {
+            Finding::error(subject, self.name())
+                .found(format!("{role} may not read {}", some(&unreadable)))
+                .needed(needed)
+                .sql(format!("grant pg_read_all_data to {quoted}"))
+        });
+        let hidden: Vec<&str> = tables().filter(|table| table.row_security).map(|table| table.name.as_str()).collect();
+        if !hidden.is_empty() && !found.past_row_security {
+            out.push(
+                Finding::warning("row_security", self.name())
+                    .found(format!("row security on {}: a copy that {role} makes would fail", some(&hidden)))
+                    .needed("BYPASSRLS for the role of the subscriptions")
+                    .sql(format!("alter role {quoted} bypassrls"))
+                    .person(),
+            );
+        }
+    }
+
+    // ---- the publication ----
+
+    fn publication(&self, out: &mut Vec<Finding>) {
+        let subject = "publication";
+        let publication = &self.config.publication;
+        let quoted = name(publication);
+        let needed = "all tables; insert, update, delete, truncate";
+        let create = format!("create publication {quoted} for all tables");
+        let refreshed = |finding: Finding| {
+            self.peers().fold(finding, |finding, peer| {
+                let subscription = name(&self.config.subscription_to(self.name()));
+                let statement =
+                    format!("alter subscription {subscription} refresh publication with (copy_data = false)");
+                let subscribed = self.seen.surveys.get(&peer.name).is_some_and(|survey| {
+                    let subscription = self.config.subscription_to(self.name());
+                    survey.subscriptions.iter().any(|found| found.name == subscription && found.enabled)
+                });
+                if subscribed { finding.sql_on(&peer.name, statement) } else { finding }
+            })
+        };
+        let found = self.survey.publications.iter().find(|found| found.name == *publication);
+        out.push(match found {
+            None => {
+                let found = format!("there is no publication {publication}");
+                refreshed(Finding::error(subject, self.name()).found(found).needed(needed).sql(create))
+            }
+            Some(found) if !found.all_tables => {
+                // In one statement, so that no subscriber finds it missing.
+                let again = format!("begin; drop publication {quoted}; {create}; commit");
+                refreshed(Finding::error(subject, self.name()).found("not for all tables").needed(needed).sql(again))
+            }
+            Some(found) => {
+                let lacks: Vec<&str> = [
+                    (found.inserts, "insert"),
+                    (found.updates, "update"),
+                    (found.deletes, "delete"),
+                    (found.truncates, "truncate"),
+                ]
+                .into_iter()
+                .filter_map(|(has, what)| (!has).then_some(what))
+                .collect();
+                if lacks.is_empty() {
+                    Finding::ok(subject, self.name()).found("all tables").needed(needed)
+                } else {
+                    Finding::error(subject, self.name())
+                        .found(format!("does not publish {}", lacks.join(", ")))
+                        .needed(needed)
+                        .sql(format!("alter publication {quoted} set (publish = 'insert, update, delete, truncate')"))
+                }
+            }
+        });
+    }
+
+    // ---- tables ----
+
+    fn tables(&self, out: &mut Vec<Finding>) {
+        let before = out.len();
+        for table in &self.survey.tables {
+            if table.unlogged {
+                out.push(
+                    Finding::warning("unlogged_table", self.name())
+                        .about(&table.name)
+                        .found("unlogged: nothing of it is replicated")
+                        .needed("a logged table, or to do without")
+                        .sql(format!("alter table {} set logged", table.name))
+                        .person(),
+                );
+            } else if !table.partitioned && !table.has_identity {
+                out.push(self.identity_of(table));
+            }
+        }
+        for (peer, survey) in self.later() {
+            self.compare(peer, survey, out);
+            self.sequences(peer, survey, out);
+        }
+        if out.len() == before {
+            let found = format!("{} tables, with keys, and alike", self.survey.tables.len());
+            let needed = "a key for each table, and the same tables on all nodes";
+            out.push(Finding::ok("tables", self.name()).found(found).needed(needed));
+        }
+    }
+
+    /// A table whose updates and deletes fail, because nothing says which row is meant.
+    fn identity_of(&self, table: &Table) -> Finding {
+        let primary = table.keys.iter().find(|key| key.primary);
+        let needed = "a primary key, or another replica identity: without one UPDATE and DELETE fail";
+        let alter = format!("alter table {}", table.name);
+        let again = |key: &Key| {
+            let kind = if key.primary { "primary key" } else { "unique" };
+            let columns = key.columns.join(", ");
+            format!("{alter} drop constraint {}, add constraint {} {kind} ({columns})", key.name, key.name)
+        };
+        let usable = table.keys.iter().find(|key| key.fit && !key.primary);
+        match (table.identity.as_str(), primary, usable) {
+            ("default", Some(key), _) => Finding::error("deferrable_key", self.name())
+                .about(&table.name)
+                .found(format!("its primary key {} is deferrable, which is no replica identity", key.name))
+                .needed(needed)
+                .sql(again(key))
+                .person(),
+            ("default", None, None) if table.keys.iter().any(|key| key.deferrable && key.constraint) => {
+                let finding = Finding::error("deferrable_key", self.name()).about(&table.name);
+                let finding =
+                    finding.found("its only keys are deferrable, which are no replica identity").needed(needed);
+                finding.sql(format!("{alter} replica identity full")).person()
+            }
+            (_, Some(key), _) if key.fit => Finding::error("replica_identity", self.name())
+                .about(&table.name)
+                .found(format!("replica identity {}, although there is a primary key", table.identity))
+                .needed(needed)
+                .sql(format!("{alter} replica identity default"))
+                .person(),
+            (_, _, Some(key)) => Finding::error("replica_identity", self.name())
+                .about(&table.name)
+                .found("no primary key")
+                .needed(needed)
+                .sql(format!("{alter} replica identity using index {}", key.name))
+                .person(),
+            _ => Finding::error("replica_identity", self.name())
+                .about(&table.name)
+                .found("no primary key")
+                .needed(needed)
+                .sql(format!("{alter} replica identity full"))
+                .person(),
+        }
+    }
+
+    fn compare(&self, peer: &str, survey: &Survey, out: &mut Vec<Finding>) {
+        let here: BTreeMap<&str, &Table> =
+            self.survey.tables.iter().map(|table| (table.name.as_str(), table)).collect();
+        let there: BTreeMap<&str, &Table> = survey.tables.iter().map(|table| (table.name.as_str(), table)).collect();
+        let names: BTreeSet<&str> = here.keys().chain(there.keys()).copied().collect();
+        for table in names {
+            let (own, other) = (here.get(table), there.get(table));
+            let (Some(own), Some(other)) = (own, other) else {
+                let (missing, has) = if own.is_none() { (self.name(), peer) } else { (peer, self.name()) };
+                let database = &self.config.database;
+                let mut finding = Finding::error("table_missing", missing)
+                    .peer(has)
+                    .about(table)
+                    .found(format!("it is on {has} only: the first row of it stops replication to {missing}"))
+                    .needed("the same tables on all nodes; then stillebot-agent refresh");
+                finding.node = has.to_owned();
+                finding = finding.shell(format!("pg_dump --schema-only --table={} {database}", shell_word(table)));
+                finding.node = missing.to_owned();
+                finding.peer = Some(has.to_owned());
+                out.push(finding);
+                continue;
+            };
+            let (harmful, differences) = differences(own, other, self.name(), peer);
+            if !differences.is_empty() {
+                let subject = "table_differs";
+                let finding =
+                    if harmful { Finding::error(subject, self.name()) } else { Finding::warning(subject, self.name()) };
+                out.push(
+                    finding
+                        .peer(peer)
+                        .about(table)
+                        .found(some(&differences.iter().map(String::as_str).collect::<Vec<_>>()))
+                        .needed("the same columns on all nodes"),
+                );
+            }
+        }
+    }
+
+    /// Keys that sequences give on both nodes, so that two new rows get the same one.
+    fn sequences(&self, peer: &str, survey: &Survey, out: &mut Vec<Finding>) {
+        let there: BTreeMap<&str, &Table> = survey.tables.iter().map(|table| (table.name.as_str(), table)).collect();
+        for table in &self.survey.tables {
+            let Some(other) = there.get(table.name.as_str()) else { continue };
+            let in_key = |column: &&Column| table.keys.iter().any(|key| key.columns.contains(&column.name));
+            for column in table.columns.iter().filter(in_key) {
+                let twin = other.columns.iter().find(|twin| twin.name == column.name);
+                let (Some(own), Some(its)) = (&column.sequence, twin.and_then(|twin| twin.sequence.as_ref())) else {
+                    continue;
+                };
+                if !collide(own, its) {
+                    continue;
+                }
+                let finding = Finding::warning("sequence_key", self.name())
+                    .peer(peer)
+                    .about(format!("{}.{}", table.name, column.name))
+                    .found(format!("both nodes take values from {}, and come to the same ones", own.name))
+                    .needed("keys that nodes make without each other: uuid, or another residue on each node");
+                let size = self.config.nodes.len() as i64;
+                let nodes = self.config.nodes.iter().enumerate();
+                let finding = nodes.fold(finding, |finding, (number, node)| {
+                    let strided = stride(own, &table.name, &column.name, size, number as i64);
+                    strided.into_iter().fold(finding, |finding, statement| finding.sql_on(&node.name, statement))
+                });
+                out.push(finding.person());
+            }
+        }
+    }
+
+    // ---- subscriptions ----
+
+    fn subscriptions(&self, out: &mut Vec<Finding>) {
+        for publisher in self.peers() {
+            let subscription = self.config.subscription_to(&publisher.name);
+            let wanted = Conninfo::wanted(self.config, self.node, publisher);
+            match self.survey.subscriptions.iter().find(|found| found.name == subscription) {
+                Some(found) => {
+                    let before = out.len();
+                    self.options(found, publisher, out);
+                    self.connection(found, publisher, &wanted, out);
+                    if out.len() == before {
+                        let finding =
+                            Finding::ok("subscription", self.name()).peer(&publisher.name).about(subscription);
+                        out.push(finding.found("as it should be").needed("as the configuration has it"));
+                    }
+                }
+                None => {
+                    let slot = self.config.slot(&publisher.name, self.name());
+                    let slot = if slot == subscription { String::new() } else { format!(", slot_name = {slot}") };
+                    out.push(
+                        Finding::error("subscription", self.name())
+                            .peer(&publisher.name)
+                            .about(&subscription)
+                            .found("there is none")
+                            .needed(format!("one to {}; with copy_data on a node without data", publisher.name))
+                            .sql(format!(
+                                "create subscription {} connection {} publication {} with (origin = none, streaming = on, \
+                                 copy_data = false{slot})",
+                                name(&subscription),
+                                literal(&wanted.to_string()),
+                                name(&self.config.publication),
+                            )),
+                    );
+                }
+            }
+        }
+        // What comes in twice collides with itself.
+        let known: Vec<String> = self.peers().map(|peer| self.config.subscription_to(&peer.name)).collect();
+        for stray in self.survey.subscriptions.iter().filter(|found| !known.contains(&found.name)) {
+            out.push(
+                Finding::warning("subscription_unknown", self.name())
+                    .about(&stray.name)
+                    .found(format!(
+                        "a subscription that no node of the configuration has, to {}",
+                        stray.publications.join(", ")
+                    ))
+                    .needed("to be known, or to be dropped")
+                    .sql(format!("drop subscription {}", name(&stray.name)))
+                    .person(),
+            );
+        }
+    }
+
+    fn options(&self, found: &Subscription, publisher: &Node, out: &mut Vec<Finding>) {
+        let alter = format!("alter subscription {}", name(&found.name));
+        let finding =
+            |subject, verdict| Finding::new(subject, self.name(), verdict).peer(&publisher.name).about(&found.name);
+        if !found.enabled {
+            let disabled = finding("subscription_enabled", Verdict::Error).found("disabled").needed("enabled");
+            out.push(match found.slot {
+                Some(_) => disabled.sql(format!("{alter} enable")),
+                None => disabled,
+            });
+        }
+        if found.origin != "none" {
+            out.push(
+                finding("subscription_origin", Verdict::Error)
+                    .found(format!("origin = {}: what comes in goes back to where it came from", found.origin))
+                    .needed("origin = none")
+                    .sql(format!("{alter} set (origin = none)")),
+            );
+        }
+        if found.streaming == "parallel" {
+            out.push(
+                finding("subscription_streaming", Verdict::Error)
+                    .found("streaming = parallel: conflicts are seen without their rows, and no hop is possible")
+                    .needed("streaming = on")
+                    .sql(format!("{alter} set (streaming = on)")),
+            );
+        }
+        if found.disable_on_error {
+            out.push(
+                finding("subscription_disable_on_error", Verdict::Warning)
+                    .found("disable_on_error = true: any lost connection ends replication")
+                    .needed("disable_on_error = false")
+                    .sql(format!("{alter} set (disable_on_error = false)")),
+            );
+        }
+        if found.publications != [self.config.publication.clone()] {
+            out.push(
+                finding("subscription_publication", Verdict::Error)
+                    .found(found.publications.join(", "))
+                    .needed(&self.config.publication)
+                    .sql(format!(
+                        "{alter} set publication {} with (copy_data = false{})",
+                        name(&self.config.publication),
+                        if found.enabled { "" } else { ", refresh = false" }
+                    )),
+            );
+        }
+        if found.slot.is_none() {
+            let slot = self.config.slot(&publisher.name, self.name());
+            out.push(
+                finding("subscription_slot", Verdict::Error)
+                    .found("without slot")
+                    .needed(format!("slot {slot} on {}", publisher.name))
+                    .sql(format!("{alter} set (slot_name = {})", name(&slot)))
+                    .person(),
+            );
+        }
+        if found.copying > 0 {
+            out.push(
+                finding("subscription_copying", Verdict::Warning)
+                    .found(format!("{} tables are still being copied", found.copying))
+                    .needed("all tables copied: wait for it"),
+            );
+        }
+    }
+
+    /// What it connects with, against what the configuration says.
+    fn connection(&self, found: &Subscription, publisher: &Node, wanted: &Conninfo, out: &mut Vec<Finding>) {
+        let subject = "subscription_connection";
+        let finding = |verdict| Finding::new(subject, self.name(), verdict).peer(&publisher.name).about(&found.name);
+        let statement = format!("alter subscription {} connection {}", name(&found.name), literal(&wanted.to_string()));
+        let Some(connections) = &self.survey.connections else {
+            // An extension that is not there, or too old, is told of.
+            if self.survey.about.extension.is_some()
+                && self.survey.about.extension == self.survey.about.extension_available
+            {
+                let grant = format!("grant execute on function multihome.connections() to {}", name(&self.config.user));
+                out.push(
+                    finding(Verdict::Unknown)
+                        .found("the agent's role does not see what it connects with")
+                        .needed(wanted.to_string())
+                        .sql(grant),
+                );
+            }
+            return;
+        };
+        let Some(text) = connections.get(&found.name) else { return };
+        let parsed = match Conninfo::parse(text) {
+            Ok(parsed) => parsed,
+            Err(why) => {
+                let unread = finding(Verdict::Warning).found(format!("not read: {why}")).needed(wanted.to_string());
+                out.push(unread.sql(statement).person());
+                return;
+            }
+        };
+        let (verdict, differing) = compare_conninfo(&parsed, wanted);
+        if differing.is_empty() {
+            return;
+        }
+        let differing: Vec<&str> = differing.iter().map(String::as_str).collect();
+        let finding = finding(verdict).found(differing.join(" ")).needed(wanted.to_string()).sql(statement);
+        // The password is not known here, so the statement would lose it.
+        let keeps_password = ["password", "sslpassword"].iter().any(|keyword| parsed.get(keyword).is_some());
+        out.push(if keeps_password { finding.person() } else { finding });
+    }
+
+    // ---- slots ----
+
+    fn slots(&self, out: &mut Vec<Finding>) {
+        let mut read = BTreeMap::new();
+        for subscriber in self.peers() {
+            let Some(survey) = self.seen.surveys.get(&subscriber.name) else { continue };
+            let subscription = self.config.subscription_to(self.name());
+            let Some(found) = survey.subscriptions.iter().find(|found| found.name == subscription) else { continue };
+            let Some(slot) = found.slot.as_deref() else { continue };
+            let finding = |verdict| Finding::new("slot", self.name(), verdict).peer(&subscriber.name).about(slot);
+            if let Some(other) = read.insert(slot, subscriber.name.as_str()) {
+                let found = format!("{other} and {} read the same slot", subscriber.name);
+                out.push(finding(Verdict::Error).found(found).needed("a slot for each of them"));
+                continue;
+            }
+            let needed = "a slot that has all WAL that its reader needs";
+            out.push(match self.survey.slots.iter().find(|found| found.here && found.name == slot) {
+                None => finding(Verdict::Error)
+                    .found("there is no such slot: what was written meanwhile is lost to the peer")
+                    .needed("the subscription made anew, with its data copied anew"),
+                Some(found) => {
+                    let kept = format!("{} of WAL kept", Size(found.kept.unwrap_or_default()));
+                    match found.wal_status.as_deref() {
+                        Some("lost") => finding(Verdict::Error)
+                            .found("it has lost WAL that its reader needs: broken for good")
+                            .needed("the subscription made anew, with its data copied anew"),
+                        Some("unreserved") => finding(Verdict::Warning)
+                            .found(format!("{kept}, more than max_slot_wal_keep_size: it is about to be lost"))
+                            .needed(needed),
+                        _ => finding(Verdict::Ok).found(kept).needed(needed),
+                    }
+                }
+            });
+        }
+        // Only if everybody has been asked who reads what.
+        if self.peers().all(|peer| self.seen.surveys.contains_key(&peer.name)) {
+            let stray =
+                |slot: &&crate::survey::Slot| slot.here && !slot.active && !read.contains_key(slot.name.as_str());
+            for slot in self.survey.slots.iter().filter(stray) {
+                out.push(
+                    Finding::warning("slot_unused", self.name())
+                        .about(&slot.name)
+                        .found(format!("nobody reads it, and it keeps {} of WAL", Size(slot.kept.unwrap_or_default())))
+                        .needed("a reader, or to be dropped")
+                        .sql(format!("select pg_catalog.pg_drop_replication_slot({})", literal(&slot.name)))
+                        .person(),
+                );
+            }
+        }
+    }
+
+    // ---- two nodes ----
+
+    fn alike(&self, out: &mut Vec<Finding>) {
+        let own = &self.survey.about;
+        for (peer, survey) in self.later() {
+            let other = &survey.about;
+            if (own.started_us, own.database_oid) == (other.started_us, other.database_oid) {
+                out.push(
+                    Finding::error("same_database", self.name())
+                        .peer(peer)
+                        .found(format!("{} and {peer} are the same database", self.name()))
+                        .needed("another server behind each name: check node.host and node.port"),
+                );
+            }
+            let differing: Vec<String> = [
+                ("provider", Some(&own.provider), Some(&other.provider)),
+                ("lc_collate", Some(&own.collate), Some(&other.collate)),
+                ("lc_ctype", Some(&own.ctype), Some(&other.ctype)),
+                ("locale", own.locale.as_ref(), other.locale.as_ref()),
+            ]
+            .into_iter()
+            .filter(|(_, own, other)| own != other)
+            .map(|(what, own, other)| {
+                let none = "none".to_owned();
+                format!("{what}: {} here, {} on {peer}", own.unwrap_or(&none), other.unwrap_or(&none))
+            })
+            .collect();
+            let collate = if differing.is_empty() {
+                Finding::ok("collation", self.name()).found(&own.collate)
+            } else {
+                // What is unique and how rows are ordered may then differ, but replication works.
+                Finding::warning("collation", self.name()).found(differing.join("; "))
+            };
+            out.push(collate.peer(peer).needed("the same on both, which is decided when a database is created"));
+            let encoding = if own.encoding == other.encoding {
+                Finding::ok("encoding", self.name()).found(&own.encoding)
+            } else {
+                let found = format!("{} here, {} on {peer}", own.encoding, other.encoding);
+                Finding::error("encoding", self.name()).found(found)
+            };
+            out.push(encoding.peer(peer).needed("the same on both, which is decided when a database is created"));
+            if let (Some(own), Some(other)) = (self.survey.clock, survey.clock) {
+                let (skew, doubt) = (other.offset - own.offset, own.uncertainty + other.uncertainty);
+                let finding = if skew.abs() - doubt >= SKEW_BOUND_US {
+                    Finding::warning("clock", self.name())
+                } else if doubt >= SKEW_BOUND_US && skew.abs() + doubt >= SKEW_BOUND_US {
+                    Finding::unknown("clock", self.name())
+                } else {
+                    Finding::ok("clock", self.name())
+                };
+                let which = if skew >= 0.0 { "ahead" } else { "behind" };
+                out.push(
+                    finding
+                        .peer(peer)
+                        .found(format!("{peer} is {:.1} ms {which} (± {:.1} ms)", skew.abs() / 1000.0, doubt / 1000.0))
+                        .needed("less than 500 ms: the newest version of a row is known by the clocks; use NTP"),
+                );
+            }
+        }
+    }
+}
+
+// ---- addresses ----
+
+/// Whether the addresses of a node's names answer. Names are resolved here; what the servers make of them is not seen.
+fn addresses(seen: &Seen<'_>, node: &Node) -> Vec<Finding> {
+    let places = seen.places.get(&node.name).into_iter().flatten();
+    places.map(|place| if place.for_subscriptions { for_peers(node, place) } else { for_agent(node, place) }).collect()
+}
+
+fn for_peers(node: &Node, place: &Place) -> Finding {
+    let finding = |verdict| Finding::new("replication_addresses", &node.name, verdict).about(&place.host);
+    let needed = "addresses that answer; as resolved here, for the servers' own resolvers cannot be asked";
+    let answers = match &place.answers {
+        Ok(answers) => answers,
+        Err(error) => return finding(Verdict::Error).found(format!("cannot resolve the name: {error}")).needed(needed),
+    };
+    let found = told(answers);
+    let silent = answers.iter().filter(|(_, answer)| *answer == Answer::Silent).count();
+    let listening = answers.iter().any(|(_, answer)| *answer == Answer::Listens);
+    match (silent, listening) {
+        (0, true) => finding(Verdict::Ok).found(found).needed(needed),
+        (_, false) => {
+            let needed = "a name under [node.replication] that peers reach; they may see what cannot be seen from here";
+            finding(Verdict::Warning).found(found).needed(needed)
+        }
+        (silent, true) => {
+            let bound = Conninfo::patience().as_secs() as usize * silent;
+            let good: Vec<String> = answers
+                .iter()
+                .filter(|(_, answer)| *answer == Answer::Listens)
+                .map(|(address, _)| address.ip().to_string())
+                .collect();
+            let found = format!("{found}: subscriptions may lose {bound} s at each connect");
+            let needed =
+                format!("host under [node.replication] of {}: a name that has only {}", node.name, good.join(", "));
+            finding(Verdict::Warning).found(found).needed(needed)
+        }
+    }
+}
+
+fn for_agent(node: &Node, place: &Place) -> Finding {
+    let finding = |verdict| Finding::new("agent_addresses", &node.name, verdict).about(&place.host);
+    let needed = "addresses that answer";
+    let answers = match &place.answers {
+        Ok(answers) => answers,
+        Err(error) => return finding(Verdict::Error).found(format!("cannot resolve the name: {error}")).needed(needed),
+    };
+    let used: Vec<(SocketAddr, Answer)> =
+        answers.iter().filter(|(address, _)| node.family.admits(address.ip())).cloned().collect();
+    let found = told(&used);
+    let listens = |family: Family| {
+        answers.iter().any(|(address, answer)| family.admits(address.ip()) && *answer == Answer::Listens)
+    };
+    if !listens(node.family) {
+        return finding(Verdict::Error).found(found).needed(needed);
+    }
+    if used.iter().all(|(_, answer)| *answer != Answer::Silent) {
+        return finding(Verdict::Ok).found(found).needed(needed);
+    }
+    let found = format!("{found}: the agent may lose {} s at each connect", ADDRESS_BOUND.as_secs());
+    let dead =
+        |family: Family| used.iter().any(|(address, answer)| family.admits(address.ip()) && *answer == Answer::Silent);
+    let needed = match (dead(Family::Ipv4), dead(Family::Ipv6)) {
+        (false, true) => "family = \"ipv4\" for this node in agent.toml",
+        (true, false) => "family = \"ipv6\" for this node in agent.toml",
+        _ => needed,
+    };
+    finding(Verdict::Warning).found(found).needed(needed)
+}
+
+fn told(answers: &[(SocketAddr, Answer)]) -> String {
+    if answers.is_empty() {
+        return "no address of the wanted family".into();
+    }
+    let one = |(address, answer): &(SocketAddr, Answer)| match answer {
+        Answer::Listens => format!("{} answers", address.ip()),
+        Answer::Refuses(what) => format!("{} says no ({what})", address.ip()),
+        Answer::Silent => format!("{} does not answer within {} s", address.ip(), ADDRESS_BOUND.as_secs()),
+    };
+    answers.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+fn is_loopback(host: &str) -> bool {
+    host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+// ---- what differs ----
+
+/// What is different about two tables of one name; and whether it stops replication, rather than perhaps.
+fn differences(own: &Table, other: &Table, here: &str, there: &str) -> (bool, Vec<String>) {
+    let mut harmful = false;
+    let mut all = Vec::new();
+    let find = |table: &Table, column: &str| table.columns.iter().find(|found| found.name == column).cloned();
+    let names: BTreeSet<&String> = own.columns.iter().chain(&other.columns).map(|column| &column.name).collect();
+    for column in names {
+        match (find(own, column), find(other, column)) {
+            (Some(own), Some(other)) => {
+                if own.kind != other.kind {
+                    all.push(format!("{column} is {} on {here}, {} on {there}", own.kind, other.kind));
+                }
+                for (what, own, other) in [
+                    ("not null", own.not_null, other.not_null),
+                    ("generated", own.generated, other.generated),
+                    ("generated always as identity", own.always, other.always),
+                ] {
+                    if own != other {
+                        all.push(format!("{column} is {what} on {} only", if own { here } else { there }));
+                    }
+                }
+            }
+            (own, _) => {
+                harmful = true;
+                all.push(format!("{column} is on {} only", if own.is_some() { here } else { there }));
+            }
+        }
+    }
+    if own.partitioned != other.partitioned {
+        all.push(format!("partitioned on {} only", if own.partitioned { here } else { there }));
+    }
+    (harmful, all)
+}
+
+/// Whether two sequences can come to the same value. Where the last value is not seen, the first one speaks for it.
+fn collide(own: &Sequence, other: &Sequence) -> bool {
+    if own.most < other.least || other.most < own.least {
+        return false;
+    }
+    let at = |sequence: &Sequence| i128::from(sequence.last.unwrap_or(sequence.start));
+    let common = gcd(own.increment.unsigned_abs(), other.increment.unsigned_abs());
+    common == 0 || (at(own) - at(other)).rem_euclid(i128::from(common)) == 0
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Gives a sequence every `size`th value only, from the next one on that leaves `number`, and is new to the table.
+fn stride(sequence: &Sequence, table: &str, column: &str, size: i64, number: i64) -> [String; 2] {
+    let sequence_name = &sequence.name;
+    let start = size + number;
+    [
+        format!("alter sequence {sequence_name} increment by {size} start with {start}"),
+        format!(
+            "select pg_catalog.setval({}, (greatest((select last_value from {sequence_name}), max({column})) / {size} + 1) \
+             * {size} + {number}) from {table}",
+            literal(sequence_name)
+        ),
+    ]
+}
+
+/// The keywords whose values are not as wanted, as found; and how bad the worst of it is.
+fn compare_conninfo(found: &Conninfo, wanted: &Conninfo) -> (Verdict, Vec<String>) {
+    let mut verdict = Verdict::Warning;
+    let mut differing = Vec::new();
+    for keyword in [
+        "host",
+        "port",
+        "dbname",
+        "user",
+        "sslmode",
+        "sslrootcert",
+        "sslcert",
+        "sslkey",
+        "passfile",
+        "tcp_user_timeout",
+    ] {
+        let default = match keyword {
+            "port" => Some("5432"),
+            "sslmode" => Some("prefer"),
+            _ => None,
+        };
+        let own = found.get(keyword).or(default);
+        let right = wanted.get(keyword).or(default);
+        // Paths that the configuration does not name may be the server's business.
+        let matters = wanted.get(keyword).is_some();
+        if matters && own != right {
+            // Somewhere else, or somebody who cannot be told from another.
+            let weaker = keyword == "sslmode" && own != Some("verify-full") && right == Some("verify-full");
+            if weaker || matches!(keyword, "host" | "port" | "dbname") {
+                verdict = Verdict::Error;
+            }
+            differing.push(match own {
+                Some(own) => format!("{keyword}={own}"),
+                None => format!("{keyword} is missing;"),
+            });
+        }
+    }
+    if found.get("hostaddr").is_some() {
+        differing.push("hostaddr is set".into());
+    }
+    (verdict, differing)
+}
+
+/// A few of many.
+fn some(all: &[&str]) -> String {
+    let shown = all.iter().take(SHOWN).copied().collect::<Vec<_>>().join(", ");
+    if all.len() > SHOWN { format!("{shown}, and {} more", all.len() - SHOWN) } else { shown }
+}
+
+/// A word of pg_hba.conf.
+fn rule_word(text: &str) -> String {
+    let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
+    let keyword = matches!(text, "all" | "sameuser" | "samerole" | "samegroup" | "replication");
+    if plain && !keyword { text.to_owned() } else { format!("\"{}\"", text.replace('"', "\"\"")) }
+}
+
+fn shell_word(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
