@@ -75,3 +75,80 @@ begin atomic
 end;
 revoke execute on function multihome.connections() from public;
 comment on function multihome.connections() is 'What the subscriptions of this database connect with, without the passwords.';
+
+-- What a replication worker says when it must not replicate is no error of replication.
+
+alter function multihome.record(jsonb) rename to write_down;
+comment on function multihome.write_down(jsonb) is
+'Writes down what a replication worker reported, and returns the number of the row; 0 if there is none of it. For multihome.record().';
+
+create function multihome.is_refusal(message_id text) returns boolean
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+return message_id in ('subscription "%s" would replicate this database to itself',
+                      'subscription "%s" does not replicate: this data directory is a copy of another node''s');
+revoke execute on function multihome.is_refusal(text) from public;
+comment on function multihome.is_refusal(text) is 'Whether the extension itself keeps a worker from replicating, which trying again does not change.';
+
+create function multihome.record(event jsonb) returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    name text;
+begin
+    if event ->> 'message_id' like '% is a copy of another node''s' and multihome.is_refusal(event ->> 'message_id') then
+        return 0; -- multihome.park() is for that.
+    end if;
+    if multihome.is_refusal(event ->> 'message_id') then
+        select s.subname into name from pg_subscription s where s.oid = (event ->> 'subscription')::oid and s.subenabled;
+        if found then
+            begin
+                execute format('alter subscription %I disable', name);
+            exception when lock_not_available then
+                null; -- It comes again.
+            end;
+        end if;
+    end if;
+    return multihome.write_down(event);
+end $$;
+revoke execute on function multihome.record(jsonb) from public;
+comment on function multihome.record(jsonb) is
+'Writes down what a replication worker reported, and returns the number of the row; 0 if there is none of it. Disables a subscription of this database to itself.
+For the collector, in a transaction that stays on this node.';
+
+create or replace function multihome.health(out open_conflicts bigint, out faults text[], out warnings text[])
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+begin atomic
+    with subscription as (
+        select s.* from pg_subscription s join pg_database d on d.oid = s.subdbid where d.datname = current_database()
+    )
+    select (select count(*) from multihome.log l where l.node = multihome.node_id() and l.status = 'open'),
+           (select array_agg(format('%s: SQLSTATE %s, %s times since %s', f.subscription, f.sqlstate, f.occurrences, f.first_seen) order by f.subscription, f.sqlstate)
+              from multihome.faults f where not f.healed),
+           (select array_agg(format('subscription %I applies in parallel, where conflicts are seen without their rows: ALTER SUBSCRIPTION %I SET (streaming = on)', s.subname, s.subname) order by s.subname)
+              from subscription s
+             where s.substream = 'p')
+           || (select array_agg(format('subscription %I is disabled by any error, a lost connection included: ALTER SUBSCRIPTION %I SET (disable_on_error = false)', s.subname, s.subname) order by s.subname)
+                 from subscription s
+                where s.subdisableonerr)
+           -- A cascade is right with it, so it is said what must not be besides.
+           || (select array_agg(format('subscription %I has origin = any, and this database publishes: what it brings is sent on, and loops if its publisher gets it back: ALTER SUBSCRIPTION %I SET (origin = none)', s.subname, s.subname) order by s.subname)
+                 from subscription s
+                where s.suborigin = 'any' and exists (select from pg_publication))
+           || (select array_agg(format('subscription %I would replicate this database to itself and is disabled: DROP SUBSCRIPTION %I, or ALTER SUBSCRIPTION %I CONNECTION .. and ENABLE', s.subname, s.subname, s.subname) order by s.subname)
+                 from subscription s
+                where not s.subenabled
+                  and exists (select from multihome.log l
+                               where l.node = multihome.node_id() and l.status = 'open' and l.subscription_oid = s.oid
+                                 and l.sqlstate = '42P17' and l.message like '%would replicate this database to itself'))
+           -- A worker that follows another meets it for a moment. The publisher says it in words only.
+           || (select array_agg(format('the slot of subscription %I is in use by another for %s: is a copy of this node running?', f.subscription, date_trunc('second', f.last_seen - f.first_seen)) order by f.subscription)
+                 from multihome.faults f
+                where not f.healed and f.message like '%slot%is active for PID%' and f.last_seen - f.first_seen > interval '2 minutes')
+           || (select array_agg('conflicts are not being recorded: no collector is running; is there a free place among max_worker_processes?'::text)
+                 from pg_database d
+                where d.datname = current_database() and multihome.collector() is null
+                  and exists (select from pg_subscription s join pg_stat_subscription w on w.subid = s.oid where s.subdbid = d.oid and w.pid is not null));
+end;

@@ -101,3 +101,74 @@ pub fn parse(statement: &str) -> *mut pg_sys::Node {
         (*raw).stmt
     }
 }
+
+/// What is looked at of a subscription of this database.
+pub struct Subscription {
+    pub enabled: bool,
+    pub conninfo: *const c_char,
+    /// As workers connect: core's own rule.
+    pub must_use_password: bool,
+    /// What came to the publisher from elsewhere comes along.
+    pub any_origin: bool,
+}
+
+/// A subscription of this database, as seen by this transaction. As [`recorded`].
+///
+/// # Safety
+/// A transaction is in progress; `name` is a C string.
+pub unsafe fn subscription(name: *const c_char) -> Option<Subscription> {
+    const CACHE: c_int = pg_sys::SysCacheIdentifier::SUBSCRIPTIONNAME as c_int;
+    // SAFETY: the name is of the key's type; strings are copied before the row is let go of. Columns have other numbers in
+    // other versions.
+    unsafe {
+        let row = compat::SearchSysCache2(CACHE, pg_sys::MyDatabaseId.into(), name.into());
+        if row.is_null() {
+            return None;
+        }
+        let value = |column: &CStr| {
+            let mut is_null = false;
+            let number = compat::get_attnum(compat::SUBSCRIPTION, column.as_ptr());
+            let value = compat::SysCacheGetAttr(CACHE, row, number, &mut is_null);
+            if is_null { pg_sys::Datum::from(0) } else { value }
+        };
+        let text = |column: &CStr| -> *const c_char { compat::text_to_cstring(value(column).cast_mut_ptr()) };
+        let owner = pg_sys::Oid::from(value(c"subowner").value() as u32);
+        let found = Subscription {
+            enabled: value(c"subenabled").value() != 0,
+            conninfo: text(c"subconninfo"),
+            must_use_password: value(c"subpasswordrequired").value() != 0 && !compat::superuser_arg(owner),
+            any_origin: CStr::from_ptr(text(c"suborigin")).to_bytes().eq_ignore_ascii_case(b"any"),
+        };
+        compat::ReleaseSysCache(row);
+        Some(found)
+    }
+}
+
+/// Whether this database has a subscription besides that one. As [`recorded`].
+///
+/// # Safety
+/// A transaction is in progress; `name` is a C string.
+pub unsafe fn has_other_subscription(name: *const c_char) -> bool {
+    // SAFETY: as in recorded(); the row is looked at while the scan is open, and the first columns of a subscription have
+    // been the same in all versions.
+    unsafe {
+        let relation = compat::table_open(compat::SUBSCRIPTION, pg_sys::AccessShareLock as c_int);
+        let scan = compat::systable_beginscan(relation, pg_sys::InvalidOid, false, null_mut(), 0, null_mut());
+        let mut found = false;
+        while !found {
+            let tuple = compat::systable_getnext(scan);
+            if tuple.is_null() {
+                break;
+            }
+            let mut values = [pg_sys::Datum::from(0); 32];
+            let mut nulls = [true; 32];
+            compat::heap_deform_tuple(tuple, (*relation).rd_att, (&raw mut values).cast(), (&raw mut nulls).cast());
+            // oid, subdbid, subskiplsn, subname
+            found = values[1].value() as u32 == pg_sys::MyDatabaseId.to_u32()
+                && CStr::from_ptr(values[3].cast_mut_ptr::<c_char>()) != CStr::from_ptr(name);
+        }
+        compat::systable_endscan(scan);
+        compat::table_close(relation, pg_sys::AccessShareLock as c_int);
+        found
+    }
+}

@@ -6,10 +6,11 @@
 //! which hold nothing to drop, straight to PostgreSQL's own handler with all its fields intact.
 
 use std::ffi::{c_char, c_int, c_void};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
 
 use pgrx::pg_sys;
 
-use crate::readonly;
+use crate::{readonly, subscription};
 
 unsafe extern "C-unwind" {
     pub fn standard_ExecutorStart(query: *mut pg_sys::QueryDesc, eflags: c_int);
@@ -49,7 +50,27 @@ unsafe extern "C-unwind" {
     fn replorigin_session_advance(remote_commit: pg_sys::XLogRecPtr, local_commit: pg_sys::XLogRecPtr);
     pub fn RecoveryInProgress() -> bool;
     pub fn geterrcode() -> c_int;
+    pub fn errstart(level: c_int, domain: *const c_char) -> bool;
+    pub fn errcode(code: c_int) -> c_int;
+    pub fn errmsg(format: *const c_char, ...) -> c_int;
+    pub fn errdetail(format: *const c_char, ...) -> c_int;
     pub fn errhint(format: *const c_char, ...) -> c_int;
+    fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
+    pub fn quote_identifier(name: *const c_char) -> *const c_char;
+    pub fn CommandCounterIncrement();
+    pub fn SearchSysCache2(cache: c_int, first: pg_sys::Datum, second: pg_sys::Datum) -> pg_sys::HeapTuple;
+    pub fn SysCacheGetAttr(
+        cache: c_int,
+        tuple: pg_sys::HeapTuple,
+        attribute: pg_sys::AttrNumber,
+        is_null: *mut bool,
+    ) -> pg_sys::Datum;
+    pub fn ReleaseSysCache(tuple: pg_sys::HeapTuple);
+    pub fn get_attnum(relation: pg_sys::Oid, name: *const c_char) -> pg_sys::AttrNumber;
+    pub fn superuser_arg(role: pg_sys::Oid) -> bool;
+    pub fn tuplestore_tuple_count(rows: *mut pg_sys::Tuplestorestate) -> i64;
+    pub fn tuplestore_end(rows: *mut pg_sys::Tuplestorestate);
+    fn RegisterTimeout(timeout: c_int, handler: Option<unsafe extern "C-unwind" fn()>) -> c_int;
 
     pub fn table_open(relation: pg_sys::Oid, lock: pg_sys::LOCKMODE) -> pg_sys::Relation;
     pub fn table_close(relation: pg_sys::Relation, lock: pg_sys::LOCKMODE);
@@ -130,6 +151,9 @@ unsafe extern "C-unwind" {
 pub const DB_ROLE_SETTING: pg_sys::Oid = pg_sys::Oid::from_u32(2964);
 pub const DB_ROLE_SETTING_PKEY: pg_sys::Oid = pg_sys::Oid::from_u32(2965);
 
+/// pg_subscription.
+pub const SUBSCRIPTION: pg_sys::Oid = pg_sys::Oid::from_u32(6100);
+
 /// ExecutorRun's arguments past the query: 18 dropped the last one.
 #[cfg(any(feature = "pg16", feature = "pg17"))]
 pub type RunArguments = (pg_sys::ScanDirection::Type, u64, bool);
@@ -188,6 +212,105 @@ pub unsafe fn next_executor_run(query: *mut pg_sys::QueryDesc, arguments: RunArg
             Some(hook) => hook(query, arguments.0, arguments.1),
             None => standard_ExecutorRun(query, arguments.0, arguments.1),
         }
+    }
+}
+
+/// walrcv_connect's arguments: 17 tells apart connections for replication and others.
+#[cfg(feature = "pg16")]
+pub type ConnectArguments = (*const c_char, bool, bool, *const c_char, *mut *mut c_char);
+#[cfg(any(feature = "pg17", feature = "pg18"))]
+pub type ConnectArguments = (*const c_char, bool, bool, bool, *const c_char, *mut *mut c_char);
+
+/// What subscription.rs puts in place of walrcv_connect.
+#[cfg(feature = "pg16")]
+pub unsafe extern "C-unwind" fn connect(
+    conninfo: *const c_char,
+    logical: bool,
+    must_use_password: bool,
+    name: *const c_char,
+    error: *mut *mut c_char,
+) -> *mut pg_sys::WalReceiverConn {
+    // SAFETY: as PostgreSQL called us.
+    unsafe { subscription::connect((conninfo, logical, must_use_password, name, error)) }
+}
+
+/// What subscription.rs puts in place of walrcv_connect.
+#[cfg(any(feature = "pg17", feature = "pg18"))]
+pub unsafe extern "C-unwind" fn connect(
+    conninfo: *const c_char,
+    replication: bool,
+    logical: bool,
+    must_use_password: bool,
+    name: *const c_char,
+    error: *mut *mut c_char,
+) -> *mut pg_sys::WalReceiverConn {
+    // SAFETY: as PostgreSQL called us.
+    unsafe { subscription::connect((conninfo, replication, logical, must_use_password, name, error)) }
+}
+
+/// As a subscription connects.
+pub fn connect_arguments(
+    conninfo: *const c_char,
+    must_use_password: bool,
+    name: *const c_char,
+    error: *mut *mut c_char,
+) -> ConnectArguments {
+    #[cfg(feature = "pg16")]
+    return (conninfo, true, must_use_password, name, error);
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    return (conninfo, true, true, must_use_password, name, error);
+}
+
+/// Whether it is logical replication that connects.
+pub fn is_logical(arguments: &ConnectArguments) -> bool {
+    #[cfg(feature = "pg16")]
+    return arguments.1;
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    return arguments.1 && arguments.2;
+}
+
+/// By what name it connects: that of the subscription, or of the slot of an initial copy.
+pub fn connects_for(arguments: &ConnectArguments) -> *const c_char {
+    #[cfg(feature = "pg16")]
+    return arguments.3;
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    return arguments.4;
+}
+
+/// # Safety
+/// `arguments` are as core would pass them.
+pub unsafe fn real_connect(
+    real: &pg_sys::WalReceiverFunctionsType,
+    arguments: ConnectArguments,
+) -> *mut pg_sys::WalReceiverConn {
+    // SAFETY: the caller's promise; libpqwalreceiver has all functions.
+    unsafe {
+        let connect = real.walrcv_connect.unwrap_unchecked();
+        #[cfg(feature = "pg16")]
+        return connect(arguments.0, arguments.1, arguments.2, arguments.3, arguments.4);
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        return connect(arguments.0, arguments.1, arguments.2, arguments.3, arguments.4, arguments.5);
+    }
+}
+
+/// Sends a report that errstart() and others have made.
+///
+/// # Safety
+/// errstart() returned true.
+pub unsafe fn finish_report() {
+    // SAFETY: the caller's promise; the strings are static.
+    unsafe { errfinish(c"stillebot".as_ptr(), 0, c"stillebot".as_ptr()) };
+}
+
+/// As [`finish_report`], of an ERROR.
+///
+/// # Safety
+/// As above; nothing between here and PostgreSQL's handler is to be dropped.
+pub unsafe fn raise() -> ! {
+    // SAFETY: the caller's promise.
+    unsafe {
+        finish_report();
+        std::hint::unreachable_unchecked()
     }
 }
 
@@ -283,6 +406,54 @@ pub fn cancel_no_more() {
     unsafe {
         disable_timeout(STATEMENT_TIMEOUT, false);
         (&raw mut pg_sys::QueryCancelPending).write_volatile(0);
+    }
+}
+
+/// Of enum TimeoutId: USER_TIMEOUT, from where on RegisterTimeout() looks for a free one.
+#[cfg(feature = "pg16")]
+const USER_TIMEOUT: c_int = 12;
+#[cfg(any(feature = "pg17", feature = "pg18"))]
+const USER_TIMEOUT: c_int = 13;
+
+/// This process's own timeout; 0 until it has one.
+static INTERRUPTION: AtomicI32 = AtomicI32::new(0);
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Has what this process is about to do cancelled after a while, beside the timeouts that the user may have set.
+pub fn interrupt_after(time: std::time::Duration) {
+    unsafe extern "C-unwind" fn interrupt() {
+        INTERRUPTED.store(true, Relaxed);
+        // SAFETY: flags that signal handlers set; the caller of this handler sets the latch.
+        unsafe {
+            (&raw mut pg_sys::QueryCancelPending).write_volatile(1);
+            (&raw mut pg_sys::InterruptPending).write_volatile(1);
+        }
+    }
+    INTERRUPTED.store(false, Relaxed);
+    // SAFETY: raises only if there are ten such timeouts already. Only called from guarded functions.
+    unsafe {
+        guarded(|| {
+            if INTERRUPTION.load(Relaxed) == 0 {
+                INTERRUPTION.store(RegisterTimeout(USER_TIMEOUT, Some(interrupt)), Relaxed);
+            }
+            enable_timeout_after(INTERRUPTION.load(Relaxed), time.as_millis() as c_int);
+        });
+    }
+}
+
+/// Whether the time of [`interrupt_after`] was up.
+pub fn was_interrupted() -> bool {
+    INTERRUPTED.load(Relaxed)
+}
+
+/// Takes [`interrupt_after`] back, and what came too late to cancel anything.
+pub fn interrupt_no_more() {
+    // SAFETY: the timeout was registered; a flag that a signal handler sets.
+    unsafe {
+        disable_timeout(INTERRUPTION.load(Relaxed), false);
+        if was_interrupted() {
+            (&raw mut pg_sys::QueryCancelPending).write_volatile(0);
+        }
     }
 }
 
@@ -438,7 +609,7 @@ pub fn notify(channel: &std::ffi::CStr, payload: &std::ffi::CStr) {
 ///
 /// # Safety
 /// `call` holds nothing to drop: an ERROR leaves it by longjmp.
-unsafe fn guarded<T>(call: impl FnOnce() -> T) -> T {
+pub unsafe fn guarded<T>(call: impl FnOnce() -> T) -> T {
     // SAFETY: the caller's promise.
     unsafe { pg_sys::ffi::pg_guard_ffi_boundary(call) }
 }

@@ -19,6 +19,7 @@ mod readonly;
 mod ring;
 mod shmem;
 mod state;
+mod subscription;
 mod tap;
 mod verbs;
 

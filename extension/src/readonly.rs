@@ -17,7 +17,7 @@ use pgrx::pg_sys;
 
 use crate::shmem::{self, Backend, Database, Effect, Gate};
 use crate::state::{Mode, State};
-use crate::{catalog, collector, compat, guc, local, node};
+use crate::{catalog, collector, compat, guc, local, node, subscription};
 
 static mut PREVIOUS_EXECUTOR_START: pg_sys::ExecutorStart_hook_type = None;
 static mut PREVIOUS_PROCESS_UTILITY: pg_sys::ProcessUtility_hook_type = None;
@@ -259,6 +259,7 @@ unsafe extern "C-unwind" fn process_utility(
             pg_sys::XactReadOnly = !allowed;
         }
         refuse_to_touch_the_record(node);
+        subscription::before(node);
 
         // Some commands commit in the middle, and what they do next has another transaction id than the one marked. An
         // ERROR below skips the end of this function: whatever is left set is set anew by the next command, which an
@@ -282,6 +283,9 @@ unsafe extern "C-unwind" fn process_utility(
                 dest,
                 completion,
             ),
+        }
+        if allowed {
+            subscription::after(node);
         }
         if top {
             set_in_utility(false);
@@ -340,20 +344,15 @@ unsafe extern "C-unwind" fn object_access(
 }
 
 /// Commands that core counts as writing but that a closed database lets through: running and mending replication must
-/// not require opening the database. They change no data; a copy that REFRESH starts is replication.
+/// not require opening the database. They change no data; a copy that they start is replication. Who may do it is for core
+/// to say.
 ///
 /// # Safety
 /// `node` is a statement of PostgreSQL's.
 unsafe fn always_allowed(node: *mut pg_sys::Node) -> bool {
-    use pg_sys::AlterSubscriptionType::*;
-    // SAFETY: the tag says what the node is.
-    unsafe {
-        (*node).type_ == pg_sys::NodeTag::T_AlterSubscriptionStmt
-            && matches!(
-                (*node.cast::<pg_sys::AlterSubscriptionStmt>()).kind,
-                ALTER_SUBSCRIPTION_REFRESH | ALTER_SUBSCRIPTION_ENABLED | ALTER_SUBSCRIPTION_SKIP
-            )
-    }
+    use pg_sys::NodeTag::{T_AlterSubscriptionStmt, T_CreateSubscriptionStmt, T_DropSubscriptionStmt};
+    // SAFETY: every node has a tag.
+    matches!(unsafe { (*node).type_ }, T_AlterSubscriptionStmt | T_CreateSubscriptionStmt | T_DropSubscriptionStmt)
 }
 
 /// Core lets a read-only transaction prepare, and commits prepared ones without asking.
@@ -488,6 +487,7 @@ unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _a
         XACT_EVENT_ABORT => {
             set_in_utility(false);
             IN_MAINTENANCE.store(false, Relaxed);
+            subscription::aborted();
             if let Some(Pending { database, before, .. }) = take_pending() {
                 database.set(before.0, &before.1);
             }

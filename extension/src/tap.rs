@@ -4,12 +4,12 @@
 //! what caused it; it makes core say when a row to be changed is not there; and it leaves out a change that the operator
 //! resolved against. Otherwise nothing passes differently than it would without us.
 //!
-//! The way in is `WalReceiverFunctions`, the table through which core calls libpqwalreceiver: a copy of it with three
-//! functions replaced is put in its place before the server has children. Physical receivers use it too, and so does the
+//! The way in is `WalReceiverFunctions`, the table through which core calls libpqwalreceiver: a copy of it with four
+//! functions replaced is put in its place before the server has children. One of them, to connect, is subscription.rs's. Physical receivers use it too, and so does the
 //! initial copy of a table, whose rows are no messages: both pass untouched, because only a logical worker that has
 //! started streaming is listened to.
 //!
-//! The three functions are plain frames, as hooks are: what core raises below them passes over them by longjmp. Nothing of
+//! The functions are plain frames, as hooks are: what core raises below them passes over them by longjmp. Nothing of
 //! ours raises, and memory is bounded.
 
 use std::cell::UnsafeCell;
@@ -49,6 +49,7 @@ pub fn init() {
         pg_sys::load_file(c"libpqwalreceiver".as_ptr(), false);
         let real = *REAL.get_or_init(|| *pg_sys::WalReceiverFunctions);
         pg_sys::WalReceiverFunctions = Box::leak(Box::new(pg_sys::WalReceiverFunctionsType {
+            walrcv_connect: Some(compat::connect),
             walrcv_startstreaming: Some(start_streaming),
             walrcv_endstreaming: Some(end_streaming),
             walrcv_receive: Some(receive),
@@ -63,9 +64,11 @@ pub fn tap() -> &'static mut Tap {
     unsafe { &mut *TAP.0.get() }
 }
 
+/// libpqwalreceiver's own functions, all of which it has.
+///
 /// # Safety
 /// init() has run.
-unsafe fn real() -> &'static pg_sys::WalReceiverFunctionsType {
+pub unsafe fn real() -> &'static pg_sys::WalReceiverFunctionsType {
     // SAFETY: set once, before there were children; nobody gets here without init().
     unsafe { REAL.get().unwrap_unchecked() }
 }

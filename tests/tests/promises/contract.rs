@@ -245,6 +245,8 @@ async fn every_sql_object_has_a_comment() -> Result<()> {
             "postgres",
             "select count(*) from pg_depend d
               where d.deptype = 'e' and d.refobjid = (select oid from pg_extension where extname = 'stillebot')
+                -- From 17 on the types that tables bring along are members too.
+                and d.classid <> 'pg_type'::regclass
                 and not exists (select from pg_description c where c.objoid = d.objid and c.classoid = d.classid)",
         )
         .await?;

@@ -135,7 +135,7 @@ const SUPERUSERS_BYPASSES: &[Bypass] = &[
     bypass("create role", "create role other"),
     bypass("catalog by hand", "delete from pg_db_role_setting"),
     bypass("drop extension", "drop extension stillebot"),
-    bypass("create subscription", "create subscription x connection '' publication x with (connect = false)"),
+    bypass("comment on subscription", "comment on subscription nowhere is 'x'"),
     bypass("copy from program", "copy t from program 'echo 122'"),
     bypass("dump of the old script", "alter database postgres reset default_transaction_read_only"),
 ];
@@ -340,11 +340,17 @@ async fn reads_and_upkeep_go_on_while_down() -> Result<()> {
         // Mending replication must not require opening the database.
         "alter subscription nowhere disable",
         "alter subscription nowhere skip (lsn = '0/1')",
+        "alter subscription nowhere connection 'dbname=elsewhere'",
+        "alter subscription nowhere set (streaming = on)",
     ] {
         // One each: some refuse to run in the implicit block of several.
         for session in [&session.client, &old] {
             session.batch_execute(statement).await.with_context(|| statement.to_owned())?;
         }
+    }
+    let create = "create subscription another connection 'dbname=nowhere' publication nothing with (connect = false, slot_name = none)";
+    for statement in [create, "drop subscription another"] {
+        session.client.batch_execute(statement).await.with_context(|| statement.to_owned())?;
     }
     old.batch_execute(
         "begin; savepoint a; insert into mine values (1); rollback to a; insert into mine values (2); commit",

@@ -12,6 +12,7 @@ mod harness;
 mod hop;
 mod identity;
 mod lasting;
+mod oneself;
 mod proven;
 mod replication;
 mod resolving;
