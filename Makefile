@@ -25,7 +25,7 @@ help:
 	@echo 'make test-hosts           the Debian packages, on whole Debian 13 hosts that it makes; root only'
 	@echo 'make fuzz                 the decoder of replication messages, against noise; SECONDS=60'
 	@echo 'make bench                figures, as ratios to plain PostgreSQL; SUBJECTS="pgbench hops apply conflicts"'
-	@echo 'make setup                packages and a PostgreSQL >= 16 (the other targets call it); PG_CONFIG=... to choose one'
+	@echo 'make setup                packages and a PostgreSQL >= 16 (the other targets call it); PG_CONFIG=... or POSTGRESQL=18 chooses'
 	@echo 'make build                the extension and the agent, under target/release'
 	@echo 'make install PG_CONFIG=/usr/lib/postgresql/16/bin/pg_config   the extension into that PostgreSQL; honours DESTDIR'
 	@echo 'make install-agent        the agent, its systemd unit, man pages and completions into $$(PREFIX), /usr/local by default; honours DESTDIR'
@@ -34,7 +34,7 @@ help:
 	@echo 'make clean                removes target/, fetched servers included'
 
 setup:
-	@PG_CONFIG='$(PG_CONFIG)' scripts/setup
+	@PG_CONFIG='$(PG_CONFIG)' POSTGRESQL='$(POSTGRESQL)' scripts/setup
 
 build: setup
 	@$(environment) $(CARGO) build --release --locked --package stillebot $(pg_features)
