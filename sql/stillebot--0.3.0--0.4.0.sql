@@ -152,3 +152,10 @@ begin atomic
                 where d.datname = current_database() and multihome.collector() is null
                   and exists (select from pg_subscription s join pg_stat_subscription w on w.subid = s.oid where s.subdbid = d.oid and w.pid is not null));
 end;
+
+create function multihome.park() returns bigint
+language c volatile parallel unsafe
+as 'MODULE_PATHNAME', 'multihome_park_wrapper';
+revoke execute on function multihome.park() from public;
+comment on function multihome.park() is
+'Disables the subscriptions of a database that is a copy of another node, and remembers them for stillebot_adopt_identity(). Returns how many. For the collector.';

@@ -18,7 +18,7 @@ use pgrx::{PgTryBuilder, pg_sys};
 
 use crate::event::Event;
 use crate::shmem::{self, Queue};
-use crate::{compat, conflicts, local};
+use crate::{compat, conflicts, local, node};
 
 /// How often the launcher and collectors look without having been woken: a wake-up can get lost when the one to be woken
 /// is just being replaced.
@@ -158,6 +158,9 @@ fn collect(queue: &'static Queue) {
             }
         }
         let news = drain(queue);
+        if node::started_foreign() && (news.any || first) {
+            run("select multihome.park()", &[]);
+        }
         if news.any || first || queue.is_open() {
             queue.set_open(run("select multihome.sweep()", &[]).unwrap_or(0) as u32);
         }

@@ -9,11 +9,11 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 use crate::identity::{Home, Identity, MAX_NAME};
-use crate::readonly::settle_at_end;
-use crate::shmem::Gate;
+use crate::readonly::{Pending, settle_at_end};
+use crate::shmem::{Database, Gate};
 use crate::state::{Mode, State};
-use crate::verbs::{Call, fail, jsonb, lock, not_null, require_slot, session_user};
-use crate::{catalog, compat, conflicts, guc, local};
+use crate::verbs::{Call, fail, jsonb, lines, lock, not_null, require_slot, session_user};
+use crate::{catalog, compat, conflicts, guc, local, subscription};
 
 /// Whether this process was told at its start that its database is a copy. Never changes afterwards.
 static STARTED_FOREIGN: AtomicBool = AtomicBool::new(false);
@@ -163,7 +163,14 @@ fn multihome_identify(node: Option<&[u8]>, pair: Option<pgrx::Uuid>) -> pgrx::Uu
 
 #[pg_extern(sql = false)]
 fn multihome_forget_identity() {
-    begin("multihome.forget_identity()");
+    let database = begin("multihome.forget_identity()");
+    if let Some(known) = identity()
+        && known.is_foreign(&home())
+    {
+        // Now it is nobody's copy, and nothing else would keep it from what is the original's.
+        stay_down(database, &format!("it was a copy of that of node {}", known.node));
+        enabled().iter().for_each(|name| switch(name, false));
+    }
     become_node(None);
     local::finish();
 }
@@ -184,30 +191,159 @@ fn stillebot_adopt_identity() -> String {
     if !known.is_foreign(&home) {
         return format!("This is node {}, and where it has always been: nothing to do.", known.node);
     }
-    let reason = format!("adopted the identity of node {}", known.node);
-    let down = State {
-        state: Mode::Down,
-        since: call.state().since,
-        by: Some(session_user()),
-        reason: Some(reason),
-        ..State::up()
-    };
-    settle_at_end(call.pending(Gate::Closed, &down));
-    catalog::record(catalog::READ_ONLY, Some("on")); // First: see assign_state() in guc.rs.
-    catalog::record(catalog::STATE, down.setting().as_deref());
+    let parked = subscriptions(&known.parked);
+    let mut ahead = Vec::new();
+    for subscription in &parked {
+        match at_the_publisher(subscription) {
+            Some(Slot { active: true, .. }) => fail(
+                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                &format!(
+                    "node {} is still running: the slot of its subscription {} is in use",
+                    known.node, subscription.name
+                ),
+                None,
+                "Stop the original, and wait until its publisher has noticed, wal_sender_timeout at most; then try again.",
+            ),
+            Some(Slot { ahead: true, .. }) => ahead.push(subscription.name.as_str()),
+            _ => {}
+        }
+    }
+    stay_down(call.database(), &format!("adopted the identity of node {}", known.node));
     let adopted = Identity { home: home.text(), parked: Vec::new(), ..known };
     catalog::record(catalog::IDENTITY, Some(&adopted.to_json()));
+    for subscription in &parked {
+        switch(&subscription.name, true);
+    }
     // SAFETY: sets a flag of the current transaction.
     unsafe { pg_sys::ForceSyncCommit() };
-    format!("This is node {} now. It is down; bring it up with SELECT stillebot_up().", adopted.node)
+    let mut next = format!("This is node {} now. It is down; bring it up with SELECT stillebot_up().", adopted.node);
+    if !ahead.is_empty() {
+        next += &format!(
+            " The publisher of {} has sent more than is recorded here. If this data is older than what the original had last, rows are \
+             missing and do not come by themselves: compare the tables of both, and copy again what differs.",
+            ahead.join(", ")
+        );
+    }
+    compat::in_server_encoding(next)
 }
+
+/// Switches the subscriptions of a copy off, and remembers which, so that their workers do not try again and again. Returns
+/// how many. For the collector.
+#[pg_extern(sql = false)]
+fn multihome_park() -> i64 {
+    lock("multihome.park()", pg_sys::ShareUpdateExclusiveLock as i32, None);
+    let Some(known) = identity().filter(|known| known.is_foreign(&home())) else { return 0 };
+    let enabled = enabled();
+    if enabled.is_empty() {
+        return 0;
+    }
+    enabled.iter().for_each(|name| switch(name, false));
+    let names = enabled.join(", ");
+    pgrx::log!("{}", compat::in_server_encoding(format!("disabled subscriptions {names}: {}", known.why())));
+    let count = enabled.len() as i64;
+    let parked = known.parked.iter().cloned().chain(enabled).collect();
+    catalog::record(catalog::IDENTITY, Some(&Identity { parked, ..known }.to_json()));
+    count
+}
+
+// --- Subscriptions of a copy ------------------------------------------------------------------------------------
+
+struct Parked {
+    name: String,
+    slot: String,
+    /// How far the publisher's transactions have been applied here, as text.
+    progress: String,
+}
+
+/// What the publisher says of a subscription's slot.
+struct Slot {
+    active: bool,
+    ahead: bool,
+}
+
+/// Those of these subscriptions that are there, disabled, and could be enabled.
+fn subscriptions(names: &[String]) -> Vec<Parked> {
+    let rows = lines(
+        "select jsonb_build_object('name', s.subname, 'slot', s.subslotname, 'progress', coalesce(o.remote_lsn, '0/0'))::text
+           from pg_catalog.pg_subscription s
+           join pg_catalog.pg_database d on d.oid = s.subdbid
+           left join pg_catalog.pg_replication_origin_status o on o.external_id = 'pg_' || s.oid
+          where d.datname = current_database() and s.subname = any ($1) and not s.subenabled and s.subslotname is not null
+          order by s.subname",
+        &[names.to_vec().into()],
+    );
+    rows.iter()
+        .filter_map(|row| {
+            let row: serde_json::Value = serde_json::from_str(row).ok()?;
+            let text = |key: &str| Some(row.get(key)?.as_str()?.to_owned());
+            Some(Parked { name: text("name")?, slot: text("slot")?, progress: text("progress")? })
+        })
+        .collect()
+}
+
+fn enabled() -> Vec<String> {
+    lines(
+        "select s.subname::text from pg_catalog.pg_subscription s join pg_catalog.pg_database d on d.oid = s.subdbid
+          where d.datname = current_database() and s.subenabled order by 1",
+        &[],
+    )
+}
+
+/// Asks the publisher of a subscription; `None` if it does not answer.
+///
+/// Core silently begins where the slot is, if that is past what the subscriber has: what a restored database lacks it never
+/// asks for. The slot of a subscription that is at rest is ahead too, because keepalives move it past what was not for it. So
+/// it says something only where data may be older than the slot, in a copy, and there it says "perhaps".
+fn at_the_publisher(subscription: &Parked) -> Option<Slot> {
+    let ask = |condition: &str| {
+        let query = format!(
+            "select from pg_catalog.pg_replication_slots where slot_name = '{}' and database = pg_catalog.current_database() and {condition}",
+            subscription.slot // Of a slot's letters: nothing to quote.
+        );
+        subscription::ask_publisher(&subscription.name, &query)
+    };
+    let active = ask("active")?;
+    let ahead = ask(&format!("confirmed_flush_lsn > '{}'", subscription.progress))?;
+    Some(Slot { active, ahead })
+}
+
+fn switch(subscription: &str, on: bool) {
+    let name = compat::c_string(subscription);
+    // SAFETY: copies a C string into a palloc'd identifier.
+    let quoted = unsafe { CStr::from_ptr(pg_sys::quote_identifier(name.as_ptr())) }.to_string_lossy();
+    let statement = catalog::parse(&format!("alter subscription {quoted} {}", if on { "enable" } else { "disable" }));
+    // SAFETY: the parser made it of ALTER SUBSCRIPTION.
+    unsafe { compat::alter_subscription(statement) };
+}
+
+/// Records as down what was down for another reason: because it is a copy.
+fn stay_down(database: &'static Database, reason: &str) {
+    let before = State::parse(&database.text().unwrap_or_default());
+    let down = State {
+        state: Mode::Down,
+        since: before.since,
+        by: Some(session_user()),
+        reason: Some(reason.to_owned()),
+        ..State::up()
+    };
+    settle_at_end(Pending {
+        database,
+        before: (database.gate(), before.to_json()),
+        after: (Gate::Closed, down.to_json()),
+    });
+    catalog::record(catalog::READ_ONLY, Some("on")); // First: see assign_state() in guc.rs.
+    catalog::record(catalog::STATE, down.setting().as_deref());
+}
+
+// --- What the functions share -----------------------------------------------------------------------------------
 
 /// Keeps the transaction here, for it changes the log too, and everybody out who knows the node by its former name: the
 /// collector holds the extension's lock in a weaker mode.
-fn begin(verb: &str) {
-    require_slot();
+fn begin(verb: &str) -> &'static Database {
+    let database = require_slot();
     conflicts::begin_local(verb);
     lock(verb, pg_sys::AccessExclusiveLock as i32, None);
+    database
 }
 
 /// Records who this database is, and has its log follow.

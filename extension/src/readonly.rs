@@ -157,11 +157,20 @@ fn resolve(database: &Database) -> bool {
         }
         let identity = catalog::recorded(pg_sys::MyDatabaseId, catalog::IDENTITY);
         let recorded = catalog::recorded(pg_sys::MyDatabaseId, catalog::STATE);
-        publish(database, identity, recorded)
+        let foreign = publish(database, identity, recorded);
+        if foreign && compat::errstart(pg_sys::LOG as c_int, std::ptr::null()) {
+            compat::errmsg(
+                c"this data directory is a copy of that of another node: the database is down and does not replicate"
+                    .as_ptr(),
+            );
+            compat::errhint(c"SELECT * FROM stillebot_status() says more.".as_ptr());
+            compat::finish_report();
+        }
+        database.gate() != Gate::Open
     }
 }
 
-/// The part of [`resolve`] that owns memory, and so must not raise.
+/// The part of [`resolve`] that owns memory, and so must not raise. Returns whether it found a copy.
 fn publish(database: &Database, identity: *const c_char, recorded: *const c_char) -> bool {
     let recorded = if recorded.is_null() {
         State::up()
@@ -170,10 +179,10 @@ fn publish(database: &Database, identity: *const c_char, recorded: *const c_char
         State::parse(&unsafe { CStr::from_ptr(recorded) }.to_string_lossy())
     };
     // SAFETY: as above.
-    let foreign = unsafe { node::foreign_state(identity) };
-    let state = foreign.unwrap_or_else(|| recorded.after_restart(SystemTime::now()));
-    database.publish(if state.state == Mode::Down { Gate::Closed } else { Gate::Open }, &state.to_json());
-    database.gate() != Gate::Open
+    let copy = unsafe { node::foreign_state(identity) };
+    let state = copy.unwrap_or_else(|| recorded.after_restart(SystemTime::now()));
+    let first = database.publish(if state.state == Mode::Down { Gate::Closed } else { Gate::Open }, &state.to_json());
+    first && state.foreign
 }
 
 /// No slot: the server has more databases than shmem.rs has room for. stillebot_down() refuses there, but one that

@@ -252,12 +252,12 @@ impl Database {
         fence(Ordering::SeqCst);
     }
 
-    /// Tells everybody what the catalog says, unless somebody has done so or changed it meanwhile.
-    pub fn publish(&self, gate: Gate, text: &str) {
-        self.write(|| (self.gate() == Gate::Unknown).then_some((gate, text)));
+    /// Tells everybody what the catalog says, unless somebody has done so or changed it meanwhile. Returns whether it did.
+    pub fn publish(&self, gate: Gate, text: &str) -> bool {
+        self.write(|| (self.gate() == Gate::Unknown).then_some((gate, text)))
     }
 
-    fn write<'t>(&self, decide: impl FnOnce() -> Option<(Gate, &'t str)>) {
+    fn write<'t>(&self, decide: impl FnOnce() -> Option<(Gate, &'t str)>) -> bool {
         // Writers are rare and hold this for a copy of a few hundred bytes without a chance to fail between; a writer that
         // is killed takes the server, and so this memory, with it. Hence the spin ends.
         let version = loop {
@@ -270,7 +270,8 @@ impl Database {
             std::hint::spin_loop();
         };
         fence(Ordering::Release);
-        if let Some((gate, text)) = decide() {
+        let decided = decide();
+        if let Some((gate, text)) = decided {
             let bytes = &text.as_bytes()[..text.len().min(MAX_STATE)];
             self.length.store(bytes.len() as u32, Ordering::Relaxed);
             for (to, from) in self.text.iter().zip(bytes) {
@@ -280,6 +281,7 @@ impl Database {
         }
         self.version.store(version.wrapping_add(2), Ordering::Release);
         fence(Ordering::SeqCst);
+        decided.is_some()
     }
 
     /// The text, unless writers got in the way again and again. Never waits: an ERROR may be under way.

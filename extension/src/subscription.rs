@@ -237,17 +237,30 @@ unsafe fn try_out(name: *const c_char, anyway: bool) {
 #[pgrx::pg_guard]
 unsafe extern "C-unwind" fn leads_here(name: *const c_char, subscription: &Subscription, place: &mut Place) -> bool {
     let place = Cell::from_mut(place);
-    // SAFETY: asks within one connection, as connect() does.
-    ask(name, subscription, |connection| unsafe {
-        let here = is_here(connection);
-        if here {
-            place.set(Place::of(connection));
+    let look = |connection| {
+        // SAFETY: live and logical.
+        unsafe {
+            let here = is_here(connection);
+            if here {
+                place.set(Place::of(connection));
+            }
+            here
         }
-        here
-    })
+    };
+    ask(name, subscription, look).unwrap_or(false)
 }
 
-/// Connects to the publisher of a subscription, and asks. False if that fails, or takes too long.
+/// Whether a query without columns has rows at the publisher of a subscription; `None` if it does not answer. Raises if the
+/// statement is cancelled: only called from guarded functions, in a transaction.
+pub fn ask_publisher(name: &str, query: &str) -> Option<bool> {
+    let (name, query) = (compat::c_string(name), compat::c_string(query));
+    // SAFETY: the caller has a transaction; what is found is palloc'd.
+    let subscription = unsafe { compat::guarded(|| catalog::subscription(name.as_ptr())) }?;
+    // SAFETY: live and logical.
+    ask(name.as_ptr(), &subscription, |connection| unsafe { affirms(connection, query.as_ptr()) })
+}
+
+/// Connects to the publisher of a subscription, and asks. `None` if that fails, or takes too long.
 ///
 /// What is caught here ends no transaction, for there is nothing to undo: libpqwalreceiver holds no lock. 16 leaves a
 /// connection behind, until the session ends, that was cut short while it was being made.
@@ -255,7 +268,7 @@ fn ask(
     name: *const c_char,
     subscription: &Subscription,
     question: impl Fn(*mut pg_sys::WalReceiverConn) -> bool,
-) -> bool {
+) -> Option<bool> {
     let connection = Cell::new(null_mut());
     compat::interrupt_after(TRIAL);
     PgTryBuilder::new(AssertUnwindSafe(|| {
@@ -266,13 +279,13 @@ fn ask(
                 let arguments =
                     compat::connect_arguments(subscription.conninfo, subscription.must_use_password, name, &mut error);
                 connection.set(compat::real_connect(tap::real(), arguments));
-                !connection.get().is_null() && question(connection.get())
+                (!connection.get().is_null()).then(|| question(connection.get()))
             })
         }
     }))
     .catch_others(|error: CaughtError| {
         // Somebody wants this statement to end.
-        if was_cancelled(&error) && !compat::was_interrupted() { error.rethrow() } else { false }
+        if was_cancelled(&error) && !compat::was_interrupted() { error.rethrow() } else { None }
     })
     .finally(|| {
         compat::interrupt_no_more();

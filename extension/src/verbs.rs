@@ -242,7 +242,7 @@ fn writers() -> Vec<Writer> {
 }
 
 /// The rows of a query with one text column. Read-only, so that it takes no transaction id and works on a standby.
-fn lines(query: &str, arguments: &[pgrx::datum::DatumWithOid]) -> Vec<String> {
+pub fn lines(query: &str, arguments: &[pgrx::datum::DatumWithOid]) -> Vec<String> {
     let query = format!("select convert_to(line, 'UTF8') from ({query}) as lines (line)");
     Spi::connect(|spi| {
         let rows = spi.select(&query, None, arguments)?;
@@ -343,11 +343,15 @@ impl Call {
         Call { database }
     }
 
-    pub fn state(&self) -> State {
+    pub fn database(&self) -> &'static Database {
+        self.database
+    }
+
+    fn state(&self) -> State {
         State::parse(&self.database.text().unwrap_or_else(|| "unreadable".into()))
     }
 
-    pub fn pending(&self, gate: Gate, state: &State) -> Pending {
+    fn pending(&self, gate: Gate, state: &State) -> Pending {
         let before = (self.database.gate(), self.database.text().unwrap_or_default());
         Pending { database: self.database, before, after: (gate, state.to_json()) }
     }
@@ -505,6 +509,7 @@ fn sleep(milliseconds: i64) {
 }
 
 pub fn fail(code: PgSqlErrorCode, message: &str, detail: Option<&str>, hint: &str) -> ! {
+    let message = compat::in_server_encoding(message.to_owned());
     let mut report = pgrx::pg_sys::panic::ErrorReport::new(code, message, "stillebot").set_hint(hint);
     if let Some(detail) = detail {
         report = report.set_detail(compat::in_server_encoding(detail.to_owned()));

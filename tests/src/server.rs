@@ -431,23 +431,18 @@ impl Server {
         Ok(())
     }
 
+    /// A copy of its data directory, as `cp` makes it of a stopped server: not started, under another name, on another port.
+    pub fn copy(&self, name: &str) -> Result<Server> {
+        ensure!(!self.is_running(), "{} runs: its files change while they are copied", self.name);
+        let server = self.twin(name)?;
+        postgres::run(Command::new("cp").arg("-a").arg(self.data_directory()).arg(server.data_directory()))?;
+        server.furnish()?;
+        Ok(server)
+    }
+
     /// A base backup of it, not started, under another name, on another port.
     pub fn base_backup(&self, name: &str, kind: Backup) -> Result<Server> {
-        let mut builder = Server::builder(name).authority(self.authority).shared_expected(&self.shared_expected);
-        builder.lasting = self.lasting;
-        builder.preload = false;
-        let server = builder.frame()?;
-        {
-            // As the original is configured, but for what makes the copy another server.
-            let mut settings = lock(&server.settings);
-            for (key, value) in lock(&self.settings).iter() {
-                let own = key.starts_with("ssl_") || key == "unix_socket_directories";
-                if !own {
-                    let value = if key == "stillebot.node" { name } else { value };
-                    settings.insert(key.clone(), value.to_owned());
-                }
-            }
-        }
+        let server = self.twin(name)?;
         let mut command = self.installation.server_command("pg_basebackup", &[]);
         command.args(["-U", "postgres", "-c", "fast", "-X", "stream", "--no-sync", "-D"]).arg(server.data_directory());
         command.arg("-h").arg(self.socket_directory()).args(["-p", &self.port().to_string()]);
@@ -460,6 +455,33 @@ impl Server {
             let signal = server.data_directory().join("standby.signal");
             fs::write(&signal, "")?;
             self.installation.server_user.own(&signal)?;
+        }
+        Ok(server)
+    }
+
+    /// Puts a backup that was never started in the place of its data directory, as after a disaster.
+    pub fn restore(&self, backup: &Server) -> Result<()> {
+        ensure!(!self.is_running() && !backup.is_running(), "{} or its backup runs", self.name);
+        fs::remove_dir_all(self.data_directory())?;
+        postgres::run(Command::new("cp").arg("-a").arg(backup.data_directory()).arg(self.data_directory()))?;
+        Ok(())
+    }
+
+    /// A server that is configured alike, but for what makes it another one; without a data directory.
+    fn twin(&self, name: &str) -> Result<Server> {
+        let mut builder = Server::builder(name).authority(self.authority).shared_expected(&self.shared_expected);
+        builder.lasting = self.lasting;
+        builder.preload = false;
+        let server = builder.frame()?;
+        {
+            let mut settings = lock(&server.settings);
+            for (key, value) in lock(&self.settings).iter() {
+                let own = key.starts_with("ssl_") || key == "unix_socket_directories";
+                if !own {
+                    let value = if key == "stillebot.node" { name } else { value };
+                    settings.insert(key.clone(), value.to_owned());
+                }
+            }
         }
         Ok(server)
     }

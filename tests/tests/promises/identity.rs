@@ -2,9 +2,11 @@
 
 use anyhow::{Result, ensure};
 use serde_json::Value;
-use stillebot_tests::Server;
+use stillebot_tests::cluster::DATABASE;
+use stillebot_tests::{Backup, Cluster, Server, Shutdown, wait_until};
 use tokio_postgres::error::SqlState;
 
+use crate::PATIENCE;
 use crate::answers::{assert_error, furnished, state, take_down};
 
 const PAIR: &str = "6f1d8a52-0f43-4a7e-9a51-3b8f0a5c7d11";
@@ -126,4 +128,209 @@ async fn only_its_own_functions_change_the_identity_and_a_copied_database_has_no
     let settings: i64 = server.value("postgres", "select count(*) from pg_db_role_setting").await?;
     ensure!(settings == 0, "settings are left behind");
     server.finish().await
+}
+
+/// Two nodes that know who they are.
+async fn pair() -> Result<Cluster> {
+    let cluster = Cluster::start().await?;
+    // Workers of a copy that were refused, once or twice.
+    cluster.expect_log("does not replicate: this data directory is a copy of another node's");
+    cluster.expect_log(" 25006 ");
+    cluster.expect_log(" 55000 ");
+    for node in cluster.nodes() {
+        identify(node, DATABASE, node.name()).await?;
+    }
+    Ok(cluster)
+}
+
+/// A row that a node writes.
+async fn write(node: &Server, key: &str) -> Result<()> {
+    node.execute(DATABASE, &format!("insert into stillebot.http_sessions (cookie) values ('{key}')")).await
+}
+
+async fn has(node: &Server, key: &str) -> Result<bool> {
+    node.value(DATABASE, &format!("select exists (select from stillebot.http_sessions where cookie = '{key}')")).await
+}
+
+async fn wait_has(node: &Server, key: &str) -> Result<()> {
+    wait_until(&format!("{key} on {}", node.name()), PATIENCE, || async { Ok(has(node, key).await?.then_some(())) })
+        .await
+}
+
+/// A copy of sikorsky is awake: it must not take part, and must say so.
+async fn assert_foreign(copy: &Server) -> Result<()> {
+    let session = copy.superuser(DATABASE).await?;
+    let answer = session.batch_execute("insert into stillebot.http_sessions (cookie) values ('copy')").await;
+    let report = assert_error(answer, &SqlState::READ_ONLY_SQL_TRANSACTION);
+    ensure!(report.hint().is_some_and(|hint| hint.contains("stillebot_adopt_identity()")), "{report:?}");
+    let told: String = session.query_one("show default_transaction_read_only", &[]).await?.get(0);
+    ensure!(told == "on", "libpq takes it for writable");
+    let row = session.query_one("select state, reason from stillebot_status()", &[]).await?;
+    let (state, reason): (String, String) = (row.get(0), row.get(1));
+    ensure!(state == "down" && reason.contains("a copy of that of node sikorsky"), "{state}: {reason}");
+    for call in ["stillebot_up()", "multihome.up(true)", "multihome.set_hop('{}')"] {
+        let answer = session.batch_execute(&format!("select {call}")).await;
+        let report = assert_error(answer, &SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE);
+        ensure!(report.hint().is_some_and(|hint| hint.contains("stillebot_adopt_identity()")), "{report:?}");
+    }
+    wait_until("its subscription to be disabled", PATIENCE, || async {
+        Ok((!copy.value::<bool>(DATABASE, "select subenabled from pg_subscription").await?).then_some(()))
+    })
+    .await?;
+    let known = identity(copy, DATABASE).await?;
+    ensure!(known["foreign"] == true && known["parked"] == serde_json::json!(["multihome"]), "{known}");
+    let lines = copy.log().lines().filter(|line| line.contains("does not replicate")).count();
+    ensure!((1..=4).contains(&lines), "{lines} lines in the log of the copy");
+    let open: i64 = copy.value(DATABASE, "select open_conflicts from stillebot_status()").await?;
+    ensure!(open == 0, "what we refuse ourselves is no conflict");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_base_backup_that_wakes_beside_its_original_does_not_join() -> Result<()> {
+    let cluster = pair().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let copy = sikorsky.base_backup("copy", Backup::Restored)?;
+    copy.start().await?;
+    assert_foreign(&copy).await?;
+
+    // The original does not notice.
+    write(gideon, "afterwards").await?;
+    wait_has(sikorsky, "afterwards").await?;
+    write(sikorsky, "before").await?;
+    wait_has(gideon, "before").await?;
+    ensure!(!has(&copy, "afterwards").await?, "the copy took what is the original's");
+    ensure!(state(sikorsky, DATABASE).await? == "up");
+
+    // Not while the original runs; nor does a restart make it anything else.
+    let session = copy.superuser(DATABASE).await?;
+    let answer = session.batch_execute("select stillebot_adopt_identity()").await;
+    let report = assert_error(answer, &SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE);
+    ensure!(report.message().contains("still running"), "{report:?}");
+    copy.restart().await?;
+    assert_foreign(&copy).await?;
+
+    // The original is gone for good.
+    sikorsky.stop(Shutdown::Immediate).await?;
+    let session = copy.superuser(DATABASE).await?;
+    let next: String = wait_until("the publisher to notice", PATIENCE, || async {
+        Ok(Some(session.query_one("select stillebot_adopt_identity()", &[]).await?.get(0)))
+    })
+    .await?;
+    ensure!(next.starts_with("This is node sikorsky now.") && next.contains("rows are missing"), "{next}");
+    ensure!(state(&copy, DATABASE).await? == "down");
+    ensure!(identity(&copy, DATABASE).await?["foreign"] == false);
+    let again: String = copy.value(DATABASE, "select stillebot_adopt_identity()").await?;
+    ensure!(again.contains("nothing to do"), "{again}");
+    copy.restart().await?;
+    ensure!(state(&copy, DATABASE).await? == "down");
+    copy.execute(DATABASE, "select stillebot_up()").await?;
+    write(gideon, "to the new one").await?;
+    wait_has(&copy, "to the new one").await?;
+    // As was said: what came between the backup and now is not there.
+    ensure!(!has(&copy, "afterwards").await?);
+    copy.finish().await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_copied_data_directory_does_not_join_and_can_take_over() -> Result<()> {
+    let cluster = pair().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    sikorsky.execute(DATABASE, "select stillebot_down('for the move')").await?;
+    sikorsky.stop(Shutdown::Fast).await?;
+    let copy = sikorsky.copy("copy")?;
+    copy.start().await?;
+    assert_foreign(&copy).await?;
+    // It can be read, dumped and taken apart.
+    ensure!(copy.psql(DATABASE, "select count(*) from stillebot.settings")? == "1");
+    write(gideon, "meanwhile").await?;
+    copy.kill().await?;
+    copy.start().await?;
+    assert_foreign(&copy).await?;
+    copy.execute(DATABASE, "select stillebot_adopt_identity()").await?;
+    wait_has(&copy, "meanwhile").await?;
+    copy.execute(DATABASE, "select stillebot_up()").await?;
+    write(&copy, "at the new place").await?;
+    let id = identity(&copy, DATABASE).await?["id"].clone();
+    ensure!(id == copy.value::<String>(DATABASE, "select multihome.node_id()").await?.as_str());
+
+    // Now it is the old place that is not at home. Nothing must be lost of what it still may have of use.
+    sikorsky.start().await?;
+    ensure!(state(sikorsky, DATABASE).await? == "down");
+    sikorsky.stop(Shutdown::Fast).await?;
+    copy.finish().await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_copy_can_become_a_database_of_its_own() -> Result<()> {
+    let cluster = pair().await?;
+    let copy = cluster.node("sikorsky").base_backup("copy", Backup::Restored)?;
+    copy.start().await?;
+    copy.execute(DATABASE, "select multihome.forget_identity()").await?;
+    ensure!(identity(&copy, DATABASE).await? == Value::Null && state(&copy, DATABASE).await? == "down");
+    let enabled: bool = copy.value(DATABASE, "select subenabled from pg_subscription").await?;
+    ensure!(!enabled);
+    let session = copy.superuser(DATABASE).await?;
+    session.batch_execute("alter subscription multihome set (slot_name = none)").await?;
+    session.batch_execute("drop subscription multihome").await?;
+    copy.restart().await?;
+    copy.execute(DATABASE, "select stillebot_up()").await?;
+    write(&copy, "on its own").await?;
+    cluster.wait_replicated().await?;
+    ensure!(!has(cluster.node("gideon"), "on its own").await?);
+    copy.finish().await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_promoted_standby_is_down_until_it_is_told_that_it_is_the_node_now() -> Result<()> {
+    let cluster = pair().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let standby = sikorsky.base_backup("standby", Backup::Standby)?;
+    standby.start().await?;
+    let waiting = standby.superuser(DATABASE).await?;
+    waiting.batch_execute("select * from stillebot_status()").await?;
+    write(sikorsky, "before").await?;
+    wait_has(&standby, "before").await?;
+    standby.execute("postgres", "select pg_promote()").await?;
+    assert_foreign(&standby).await?;
+    let answer = waiting.batch_execute("insert into stillebot.http_sessions (cookie) values ('old session')").await;
+    assert_error(answer, &SqlState::READ_ONLY_SQL_TRANSACTION);
+    write(gideon, "to the original").await?;
+    wait_has(sikorsky, "to the original").await?;
+    ensure!(!has(&standby, "to the original").await?);
+
+    sikorsky.stop(Shutdown::Immediate).await?;
+    wait_until("the publisher to notice", PATIENCE, || async {
+        standby.execute(DATABASE, "select stillebot_adopt_identity(); ").await.map(Some)
+    })
+    .await?;
+    standby.execute(DATABASE, "select stillebot_up()").await?;
+    write(gideon, "to the new one").await?;
+    wait_has(&standby, "to the new one").await?;
+    standby.finish().await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_backup_restored_to_the_same_place_is_a_copy_too() -> Result<()> {
+    let cluster = pair().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let backup = sikorsky.base_backup("backup", Backup::Restored)?;
+    write(gideon, "after the backup").await?;
+    wait_has(sikorsky, "after the backup").await?;
+    sikorsky.stop(Shutdown::Fast).await?;
+    sikorsky.restore(&backup)?;
+    sikorsky.start().await?;
+    assert_foreign(sikorsky).await?;
+    ensure!(!has(sikorsky, "after the backup").await?);
+    // Its own subscriber has not gone back in time with it; here that is not what is looked at.
+    gideon.execute(DATABASE, "alter subscription multihome disable").await?;
+    sikorsky.execute(DATABASE, "select stillebot_adopt_identity()").await?;
+    sikorsky.execute(DATABASE, "select stillebot_up()").await?;
+    write(gideon, "from now on").await?;
+    wait_has(sikorsky, "from now on").await?;
+    cluster.finish().await
 }

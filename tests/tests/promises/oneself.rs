@@ -82,10 +82,9 @@ async fn no_name_address_socket_or_forwarded_port_leads_a_subscription_to_onesel
     ensure!(count(sikorsky, DATABASE, "pg_subscription").await? == 1);
     ensure!(count(sikorsky, DATABASE, "pg_replication_slots").await? == 1, "a slot was left behind");
     // Replication was never interrupted.
-    sikorsky
-        .execute(DATABASE, "insert into stillebot.settings (active_bot) values ('x') on conflict do nothing")
-        .await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.http_sessions (cookie) values ('x')").await?;
     cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
     cluster.finish().await
 }
 
@@ -116,8 +115,9 @@ async fn a_peer_that_cannot_be_reached_keeps_nobody_waiting_and_is_for_the_worke
     assert_error(answer, &SqlState::QUERY_CANCELED);
     session.batch_execute("set statement_timeout = 0; select pg_sleep(0.1)").await?;
     cluster.link("gideon", "sikorsky").heal().await?;
-    gideon.execute(DATABASE, "insert into stillebot.settings (active_bot) values ('x') on conflict do nothing").await?;
+    gideon.execute(DATABASE, "insert into stillebot.http_sessions (cookie) values ('x')").await?;
     cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
     cluster.finish().await
 }
 
@@ -218,8 +218,9 @@ async fn replication_is_mended_while_down() -> Result<()> {
         ))
         .await?;
     session.batch_execute("alter subscription multihome set (disable_on_error = false)").await?;
-    gideon.execute(DATABASE, "insert into stillebot.settings (active_bot) values ('x') on conflict do nothing").await?;
+    gideon.execute(DATABASE, "insert into stillebot.http_sessions (cookie) values ('x')").await?;
     cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
 
     // A publisher that is gone for good.
     cluster.link("gideon", "sikorsky").cut().await?;
