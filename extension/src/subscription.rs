@@ -9,7 +9,7 @@
 //! Plain frames, as hooks are, but for the trial, which has to catch.
 
 use std::cell::Cell;
-use std::ffi::{c_char, c_int};
+use std::ffi::{CStr, c_char, c_int};
 use std::io::Write;
 use std::panic::AssertUnwindSafe;
 use std::ptr::null_mut;
@@ -59,14 +59,16 @@ pub unsafe fn after(node: *mut pg_sys::Node) {
     unsafe {
         match (*node).type_ {
             pg_sys::NodeTag::T_CreateSubscriptionStmt => {
-                warn_of_loops((*node.cast::<pg_sys::CreateSubscriptionStmt>()).subname);
+                warn_of_loops((*node.cast::<pg_sys::CreateSubscriptionStmt>()).subname, false);
             }
             pg_sys::NodeTag::T_AlterSubscriptionStmt => {
                 let statement = node.cast::<pg_sys::AlterSubscriptionStmt>();
                 match (*statement).kind {
                     ALTER_SUBSCRIPTION_CONNECTION => try_out((*statement).subname, true),
                     ALTER_SUBSCRIPTION_ENABLED => try_out((*statement).subname, false),
-                    ALTER_SUBSCRIPTION_OPTIONS => warn_of_loops((*statement).subname),
+                    ALTER_SUBSCRIPTION_OPTIONS if names_origin((*statement).options) => {
+                        warn_of_loops((*statement).subname, true);
+                    }
                     _ => {}
                 }
             }
@@ -101,8 +103,7 @@ pub unsafe fn connect(arguments: ConnectArguments) -> *mut pg_sys::WalReceiverCo
             refuse_own(name, place);
         }
         if !compat::IsLogicalWorker() {
-            let subscribes = c"select from pg_catalog.pg_subscription s join pg_catalog.pg_database d on d.oid = s.subdbid where d.datname = pg_catalog.current_database()";
-            PEER_SUBSCRIBES.store(affirms(connection, subscribes.as_ptr()), Relaxed);
+            PEER_SUBSCRIBES.store(affirms(connection, SUBSCRIBES.as_ptr()), Relaxed);
         }
         connection
     }
@@ -308,26 +309,56 @@ fn was_cancelled(error: &CaughtError) -> bool {
 
 // --- In circles -------------------------------------------------------------------------------------------------
 
+/// Whether the database that is asked has subscriptions.
+const SUBSCRIBES: &CStr =
+    c"select from pg_catalog.pg_subscription s join pg_catalog.pg_database d on d.oid = s.subdbid \
+                            where d.datname = pg_catalog.current_database()";
+
 /// Warns if a subscription that brings what came to its publisher from elsewhere is one of several, here or there.
-unsafe fn warn_of_loops(name: *const c_char) {
+/// `connects`: the publisher may be asked; CREATE has done so, unless it was told not to.
+unsafe fn warn_of_loops(name: *const c_char, connects: bool) {
     // SAFETY: a transaction is in progress; what core has just changed becomes visible.
     unsafe {
         compat::CommandCounterIncrement();
         let Some(subscription) = catalog::subscription(name) else { return };
-        if !subscription.any_origin || !(PEER_SUBSCRIBES.load(Relaxed) || catalog::has_other_subscription(name)) {
+        if !subscription.any_origin
+            || !(PEER_SUBSCRIBES.load(Relaxed)
+                || catalog::has_other_subscription(name)
+                || (connects && peer_subscribes(name, &subscription)))
+        {
             return;
         }
         if compat::errstart(pg_sys::WARNING as c_int, std::ptr::null()) {
             compat::errcode(ERRCODE_WARNING as c_int);
             compat::errmsg(
-                c"subscription \"%s\" has origin = any: what replication brings to its publisher is sent on to this database, and loops where that leads back".as_ptr(),
+                c"subscription \"%s\" has origin = any: what its publisher has from others it sends on to this database, and that loops if it came from here".as_ptr(),
                 name,
             );
             compat::errhint(
-                c"For nodes that replicate to each other: ALTER SUBSCRIPTION %s SET (origin = none).".as_ptr(),
+                c"Between nodes that replicate to each other: ALTER SUBSCRIPTION %s SET (origin = none).".as_ptr(),
                 compat::quote_identifier(name),
             );
             compat::finish_report();
         }
+    }
+}
+
+/// For commands that have not connected.
+#[pgrx::pg_guard]
+unsafe extern "C-unwind" fn peer_subscribes(name: *const c_char, subscription: &Subscription) -> bool {
+    // SAFETY: live and logical.
+    ask(name, subscription, |connection| unsafe { affirms(connection, SUBSCRIBES.as_ptr()) }).unwrap_or(false)
+}
+
+/// # Safety
+/// A list of DefElem.
+unsafe fn names_origin(options: *const pg_sys::List) -> bool {
+    // SAFETY: the caller's promise; the array is as long as the list says.
+    unsafe {
+        let Some(list) = options.as_ref() else { return false };
+        (0..list.length as usize).any(|index| {
+            let option = (*list.elements.add(index)).ptr_value.cast::<pg_sys::DefElem>();
+            CStr::from_ptr((*option).defname) == c"origin"
+        })
     }
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use stillebot_tests::cluster::DATABASE;
-use stillebot_tests::{Cluster, Server, wait_until};
+use stillebot_tests::{Cluster, Installation, Server, wait_until};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
@@ -228,5 +228,107 @@ async fn replication_is_mended_while_down() -> Result<()> {
     session.batch_execute("alter subscription multihome set (slot_name = none)").await?;
     session.batch_execute("drop subscription multihome").await?;
     ensure!(state(sikorsky, DATABASE).await? == "down");
+    cluster.finish().await
+}
+
+/// What psql's user is told besides.
+fn notices(server: &Server, statement: &str) -> Result<String> {
+    let output = server.psql_command(DATABASE).args(["-c", statement]).output()?;
+    ensure!(output.status.success(), "{output:?}");
+    Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[tokio::test]
+async fn what_would_loop_is_warned_of_and_shown_in_status() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    cluster.expect_log("has origin = any");
+    cluster.expect_log(" 57P01 "); // DROP SUBSCRIPTION ends the worker.
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let warnings = "select coalesce(array_to_string(warnings, '; '), '') from stillebot_status()";
+    ensure!(sikorsky.value::<String>(DATABASE, warnings).await?.is_empty());
+
+    let told = notices(sikorsky, "alter subscription multihome set (origin = any)")?;
+    ensure!(told.contains("WARNING") && told.contains("SET (origin = none)"), "{told:?}");
+    let status: String = sikorsky.value(DATABASE, warnings).await?;
+    ensure!(status.contains("subscription multihome has origin = any"), "{status}");
+    let told = notices(sikorsky, "alter subscription multihome set (origin = none)")?;
+    ensure!(told.is_empty(), "{told:?}");
+    ensure!(sikorsky.value::<String>(DATABASE, warnings).await?.is_empty());
+
+    let right: String = sikorsky.value(DATABASE, "select subconninfo from pg_subscription").await?;
+    notices(sikorsky, "drop subscription multihome")?;
+    let create = |origin: &str| {
+        format!(
+            "create subscription multihome connection '{right}' publication multihome with (copy_data = false, streaming = on, origin = {origin})"
+        )
+    };
+    let told = notices(sikorsky, &create("any"))?;
+    ensure!(told.contains("WARNING") && told.contains("loops"), "{told:?}");
+    notices(sikorsky, "drop subscription multihome")?;
+    let told = notices(sikorsky, &create("none"))?;
+    ensure!(!told.contains("WARNING"), "{told:?}");
+
+    // A plain subscriber of a plain publisher is nobody's loop.
+    notices(gideon, "drop subscription multihome")?;
+    notices(sikorsky, "drop publication multihome")?;
+    notices(sikorsky, "drop subscription multihome")?;
+    let told = notices(sikorsky, &create("any"))?;
+    ensure!(!told.contains("WARNING"), "{told:?}");
+    ensure!(sikorsky.value::<String>(DATABASE, warnings).await?.is_empty());
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_slot_that_another_keeps_using_is_told_as_a_sign_of_a_copy() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    cluster.expect_log("is active for PID");
+    cluster.expect_log(" 08P01 ");
+    cluster.expect_log(" 57P01 ");
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    notices(sikorsky, "alter subscription multihome disable")?;
+    let free = "select from pg_replication_slots where slot_name = 'multihome' and active_pid is null";
+    wait_until("the slot to be free", PATIENCE, || async {
+        Ok((count(gideon, DATABASE, &format!("({free}) as s")).await? == 1).then_some(()))
+    })
+    .await?;
+    // A clone of the disk, say.
+    let mut clone = Installation::get()?
+        .command("pg_recvlogical")
+        .arg("-h")
+        .arg(gideon.socket_directory())
+        .args([
+            "-p",
+            &gideon.port().to_string(),
+            "-U",
+            "postgres",
+            "-d",
+            DATABASE,
+            "-S",
+            "multihome",
+            "--start",
+            "-f",
+            "/dev/null",
+        ])
+        .args(["-o", "proto_version=1", "-o", "publication_names=multihome"])
+        .spawn()?;
+    wait_until("the slot to be taken", PATIENCE, || async {
+        Ok((count(gideon, DATABASE, &format!("({free}) as s")).await? == 0).then_some(()))
+    })
+    .await?;
+    notices(sikorsky, "alter subscription multihome enable")?;
+    wait_until("the fault", PATIENCE, || async {
+        Ok((count(sikorsky, DATABASE, "multihome.faults where not healed").await? == 1).then_some(()))
+    })
+    .await?;
+    let warning = "select count(*) from unnest((select warnings from stillebot_status())) as w where w like '%is a copy of this node running%'";
+    ensure!(sikorsky.value::<i64>(DATABASE, warning).await? == 0, "it may be a moment only");
+    sikorsky.execute(DATABASE, "update multihome.fault set first_seen = first_seen - interval '3 minutes'").await?;
+    ensure!(sikorsky.value::<i64>(DATABASE, warning).await? == 1);
+    clone.kill()?;
+    clone.wait()?;
+    wait_until("the warning to go", PATIENCE, || async {
+        Ok((sikorsky.value::<i64>(DATABASE, warning).await? == 0).then_some(()))
+    })
+    .await?;
     cluster.finish().await
 }
