@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_char};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use pgrx::pg_sys;
@@ -82,8 +83,7 @@ pub fn name() -> Option<String> {
 
 /// This node, for the log: what it was given as its own, so that the log outlives pg_upgrade; before that the server's system
 /// identifier and the database.
-#[pg_extern(sql = false)]
-fn multihome_node_id() -> String {
+fn node_id() -> String {
     identity().map_or_else(
         || {
             let Home { system, database, .. } = home();
@@ -91,6 +91,20 @@ fn multihome_node_id() -> String {
         },
         |identity| identity.id,
     )
+}
+
+/// [`node_id`] of a statement: its transaction, and when it began. It may be asked for each row of the log.
+static NODE_ID: Mutex<(u32, i64, String)> = Mutex::new((0, 0, String::new()));
+
+#[pg_extern(sql = false)]
+fn multihome_node_id() -> String {
+    // SAFETY: backend-local.
+    let (transaction, statement) = (compat::my_local_xid(), unsafe { pg_sys::GetCurrentStatementStartTimestamp() });
+    let mut known = NODE_ID.lock().unwrap_or_else(PoisonError::into_inner);
+    if (known.0, known.1) != (transaction, statement) {
+        *known = (transaction, statement, node_id());
+    }
+    known.2.clone()
 }
 
 #[pg_extern(sql = false)]
@@ -241,7 +255,8 @@ fn multihome_park() -> i64 {
     let names = enabled.join(", ");
     pgrx::log!("{}", compat::in_server_encoding(format!("disabled subscriptions {names}: {}", known.why())));
     let count = enabled.len() as i64;
-    let parked = known.parked.iter().cloned().chain(enabled).collect();
+    let again = enabled.into_iter().filter(|name| !known.parked.contains(name));
+    let parked = known.parked.iter().cloned().chain(again).collect();
     catalog::record(catalog::IDENTITY, Some(&Identity { parked, ..known }.to_json()));
     count
 }
@@ -261,14 +276,14 @@ struct Slot {
     ahead: bool,
 }
 
-/// Those of these subscriptions that are there, disabled, and could be enabled.
+/// Those of these subscriptions that are there and can be enabled, and those that are, should nobody have parked them yet.
 fn subscriptions(names: &[String]) -> Vec<Parked> {
     let rows = lines(
         "select jsonb_build_object('name', s.subname, 'slot', s.subslotname, 'progress', coalesce(o.remote_lsn, '0/0'))::text
            from pg_catalog.pg_subscription s
            join pg_catalog.pg_database d on d.oid = s.subdbid
            left join pg_catalog.pg_replication_origin_status o on o.external_id = 'pg_' || s.oid
-          where d.datname = current_database() and s.subname = any ($1) and not s.subenabled and s.subslotname is not null
+          where d.datname = current_database() and (s.subname = any ($1) or s.subenabled) and s.subslotname is not null
           order by s.subname",
         &[names.to_vec().into()],
     );
@@ -348,9 +363,10 @@ fn begin(verb: &str) -> &'static Database {
 
 /// Records who this database is, and has its log follow.
 fn become_node(identity: Option<&Identity>) {
-    let former = multihome_node_id();
+    let former = node_id();
     catalog::record(catalog::IDENTITY, identity.map(Identity::to_json).as_deref());
-    let latter = multihome_node_id();
+    let latter = node_id();
+    *NODE_ID.lock().unwrap_or_else(PoisonError::into_inner) = (0, 0, String::new());
     if former != latter {
         for table in ["log", "fault"] {
             let rename = format!("update multihome.{table} set node = $2 where node = $1");
