@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::condition::Size;
 use crate::config::{Config, Family, Node};
 use crate::conninfo::Conninfo;
-use crate::hba::{Caller, Guard, Rule};
+use crate::hba::{self, Caller, Guard, Rule};
 use crate::node::{ADDRESS_BOUND, Answer};
 use crate::quote::{literal, name};
 use crate::survey::{Column, Key, Sequence, Subscription, Survey, Table};
@@ -657,7 +657,7 @@ impl<'a> This<'a> {
             } else {
                 "scram-sha-256"
             };
-            let line = format!("hostssl {} {} all {method}", rule_word(&self.config.database), rule_word(role));
+            let line = format!("hostssl {} {} all {method}", hba::name(&self.config.database), hba::name(role));
             let needed = format!("{line} (and map=... where the certificate's name is not the role)");
             if addresses.is_empty() {
                 let found = format!("where {} comes from is not known", peer.name);
@@ -1565,13 +1565,6 @@ fn compare_conninfo(found: &Conninfo, wanted: &Conninfo) -> (Verdict, Vec<String
 fn some(all: &[&str]) -> String {
     let shown = all.iter().take(SHOWN).copied().collect::<Vec<_>>().join(", ");
     if all.len() > SHOWN { format!("{shown}, and {} more", all.len() - SHOWN) } else { shown }
-}
-
-/// A word of pg_hba.conf.
-fn rule_word(text: &str) -> String {
-    let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
-    let keyword = matches!(text, "all" | "sameuser" | "samerole" | "samegroup" | "replication");
-    if plain && !keyword { text.to_owned() } else { format!("\"{}\"", text.replace('"', "\"\"")) }
 }
 
 fn shell_word(text: &str) -> String {

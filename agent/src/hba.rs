@@ -3,6 +3,7 @@
 //! Deliberately knows no regular expressions and no reverse lookups: a line that has one is taken to fit, for whoever asks
 //! wants to know what could let somebody in.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
@@ -179,7 +180,8 @@ fn outside(of: IpAddr) -> IpAddr {
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list = |list: &Option<Vec<String>>| list.as_deref().unwrap_or_default().join(",");
+        let list =
+            |list: &Option<Vec<String>>| list.iter().flatten().map(|text| word(text)).collect::<Vec<_>>().join(",");
         write!(f, "{} {} {}", self.kind.as_deref().unwrap_or("?"), list(&self.databases), list(&self.users))?;
         if let Some(address) = &self.address {
             let bits = self.netmask.as_deref().and_then(|mask| mask.parse().ok()).map(|mask| match mask {
@@ -192,6 +194,18 @@ impl fmt::Display for Rule {
         write!(f, " {}", self.method.as_deref().unwrap_or("?"))?;
         self.options.iter().try_for_each(|option| write!(f, " {option}"))
     }
+}
+
+/// A name or keyword, as the file wants it.
+fn word(text: &str) -> Cow<'_, str> {
+    let plain = !text.is_empty() && !text.contains(|c: char| c.is_whitespace() || ",\"#".contains(c));
+    if plain { text.into() } else { format!("\"{}\"", text.replace('"', "\"\"")).into() }
+}
+
+/// A name, and no keyword, as the file wants it.
+pub fn name(text: &str) -> Cow<'_, str> {
+    let keyword = matches!(text, "all" | "sameuser" | "samerole" | "samegroup" | "replication");
+    if keyword || text.starts_with(['+', '/', '@']) { format!("\"{text}\"").into() } else { word(text) }
 }
 
 #[cfg(test)]
