@@ -8,15 +8,13 @@ use std::net::{IpAddr, SocketAddr};
 use serde::Serialize;
 
 use crate::condition::Size;
-use crate::config::{Config, Family, Node};
+use crate::config::{Config, Family, Node, TlsMode};
 use crate::conninfo::Conninfo;
 use crate::hba::{self, Caller, Guard, Rule};
 use crate::node::{ADDRESS_BOUND, Answer};
 use crate::quote::{literal, name};
-use crate::survey::{Column, Key, Sequence, Subscription, Survey, Table};
+use crate::survey::{Column, Key, LEAST_VERSION, Sequence, Subscription, Survey, Table};
 
-/// The least version of PostgreSQL: from it on subscriptions know `origin`.
-const LEAST_VERSION: i32 = 16_00_00;
 /// Clocks that differ by more make the newest version of a row a matter of luck.
 const SKEW_BOUND_US: f64 = 500_000.0;
 /// Less free space than that is little for anybody's WAL.
@@ -253,6 +251,9 @@ pub fn findings(seen: &Seen<'_>) -> Vec<Finding> {
         let Some(survey) = seen.surveys.get(&node.name) else { continue };
         let this = This { seen, config: seen.config, node, survey };
         this.server(&mut all);
+        if survey.about.version_num < LEAST_VERSION {
+            continue;
+        }
         this.settings(&mut all);
         this.access(&mut all);
         this.extension(&mut all);
@@ -353,7 +354,7 @@ impl<'a> This<'a> {
         let exactly = |value: &'static str| move |found: &str| found == value;
         self.must(out, "wal_level", "logical", exactly("logical"));
         self.must(out, "track_commit_timestamp", "on", exactly("on"));
-        self.must(out, "ssl", "on", exactly("on"));
+        self.encryption(out);
         self.preload(out);
         self.listen(out);
         self.places(out);
@@ -375,6 +376,23 @@ impl<'a> This<'a> {
                         .restart(),
                 );
             }
+        }
+    }
+
+    fn encryption(&self, out: &mut Vec<Finding>) {
+        let host = self.node.replication.host.as_deref().unwrap_or(&self.node.host);
+        let here = |host: &str| host.starts_with('/') || is_loopback(host);
+        let by_agent = self.config.tls.mode != TlsMode::Disable && !self.node.is_local();
+        let by_peers = self.config.replication.mode != TlsMode::Disable && !host.starts_with('/');
+        if by_agent || by_peers || !here(host) {
+            self.must(out, "ssl", "on", |found| found == "on");
+        }
+        if !by_peers && !here(host) {
+            out.push(
+                Finding::error("replication_mode", self.name())
+                    .found("subscriptions connect without encryption")
+                    .needed("mode = \"verify-full\" under [replication] in agent.toml"),
+            );
         }
     }
 
@@ -577,6 +595,7 @@ impl<'a> This<'a> {
             out.push(Finding::ok("pg_hba_line", self.name()).found("nothing too wide").needed("nothing too wide"));
         }
         self.entrances(rules, out);
+        self.entrance_of_agent(rules, out);
     }
 
     fn locals(&self, rules: &[Rule], out: &mut Vec<Finding>) {
@@ -664,33 +683,45 @@ impl<'a> This<'a> {
                 out.push(Finding::unknown(subject, self.name()).peer(&peer.name).found(found).needed(needed));
                 continue;
             }
-            let mut worst: Option<Finding> = None;
-            for address in addresses {
+            let findings = addresses.into_iter().map(|address| {
                 let database = &self.config.database;
                 let caller = Caller { database, user: role, groups, address: Some(address), names: &names, tls: true };
-                let rule = Rule::deciding(rules, &caller);
-                let place = |rule: &Rule| format!("line {}: {rule}", rule.line);
-                let finding = match rule.map(|rule| (rule, rule.guard())) {
-                    Some((rule, Guard::Strong | Guard::Weak | Guard::Open)) => {
-                        // How well that line guards is told of the line.
-                        Finding::ok(subject, self.name()).found(place(rule))
-                    }
-                    shut => {
-                        let path = self.setting("hba_file").unwrap_or("pg_hba.conf");
-                        let before = shut.map(|(rule, _)| rule.line);
-                        let path = shut.map_or(path, |(rule, _)| rule.file.as_str());
-                        let found = match shut {
-                            Some((rule, _)) => format!("{address} is turned away by {}", place(rule)),
-                            None => format!("no line lets {role} in from {address}"),
-                        };
-                        Finding::error(subject, self.name()).found(found).rule(path, &line, None, before)
-                    }
-                };
-                if worst.as_ref().is_none_or(|worst| finding.verdict > worst.verdict) {
-                    worst = Some(finding.peer(&peer.name).needed(&needed));
-                }
-            }
-            out.extend(worst);
+                self.entrance(subject, rules, &caller, &line)
+            });
+            let worst = findings.max_by_key(|finding| finding.verdict);
+            out.extend(worst.map(|finding| finding.peer(&peer.name).needed(needed)));
+        }
+    }
+
+    /// Whether the agent's role gets in from where this very session comes from.
+    fn entrance_of_agent(&self, rules: &[Rule], out: &mut Vec<Finding>) {
+        let role = &self.config.user;
+        let nobody = BTreeSet::new();
+        let groups = self.survey.roles.get(role).map_or(&nobody, |role| &role.groups);
+        let address = self.survey.about.client.as_deref().and_then(|address| address.parse().ok());
+        let tls = self.survey.about.client_tls == Some(true);
+        let caller = Caller { database: &self.config.database, user: role, groups, address, names: &[], tls };
+        let (database, role) = (hba::name(&self.config.database), hba::name(role));
+        let line = match (address, &self.config.tls.cert) {
+            (None, _) => format!("local {database} {role} peer"),
+            (Some(_), Some(_)) => format!("hostssl {database} {role} all cert"),
+            (Some(_), None) => format!("hostssl {database} {role} all scram-sha-256"),
+        };
+        out.push(self.entrance("pg_hba_agent", rules, &caller, &line).needed(&line));
+    }
+
+    /// Whether somebody gets in, and by which line. How well that line guards is told of the line.
+    fn entrance(&self, subject: &'static str, rules: &[Rule], caller: &Caller<'_>, line: &str) -> Finding {
+        let place = |rule: &Rule| format!("line {}: {rule}", rule.line);
+        let whence = caller.address.map_or_else(|| "the socket".to_owned(), |address| address.to_string());
+        match Rule::deciding(rules, caller) {
+            Some(rule) if rule.guard() != Guard::Shut => Finding::ok(subject, self.name()).found(place(rule)),
+            Some(rule) => Finding::error(subject, self.name())
+                .found(format!("{} from {whence} is turned away by {}", caller.user, place(rule)))
+                .rule(&rule.file, line, None, Some(rule.line)),
+            None => Finding::error(subject, self.name())
+                .found(format!("no line lets {} in from {whence}", caller.user))
+                .rule(self.setting("hba_file").unwrap_or("pg_hba.conf"), line, None, None),
         }
     }
 
@@ -1569,4 +1600,446 @@ fn some(all: &[&str]) -> String {
 
 fn shell_word(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+    use crate::config::Environment;
+    use crate::hba::tests::rule;
+    use crate::survey::{About, Identity, Publication, Role, Setting, Slot};
+    use proptest::prelude::*;
+
+    fn config(change: impl Fn(String) -> String) -> Config {
+        let text = r#"
+            database = "app"
+            user = "agent"
+            [replication]
+            root = "/r"
+            cert = "/c"
+            key = "/k"
+            [[node]]
+            name = "a"
+            host = "a.example.net"
+            [[node]]
+            name = "b"
+            host = "b.example.net"
+        "#;
+        Config::parse(&change(text.to_owned()), &Environment { variable: &|_| None, os_user: None }).unwrap()
+    }
+
+    fn role(name: &str, replication: bool) -> (String, Role) {
+        let groups = BTreeSet::from([name.to_owned()]);
+        let role = Role { name: name.into(), login: true, replication, reads_all: true, groups, ..Role::default() };
+        (name.to_owned(), role)
+    }
+
+    fn table(name: &str) -> Table {
+        let key = Key { name: "t_pkey".into(), primary: true, fit: true, columns: vec!["id".into()], ..Key::default() };
+        let id = Column { name: "id".into(), kind: "uuid".into(), not_null: true, ..Column::default() };
+        Table {
+            name: name.into(),
+            readable: Some(true),
+            identity: "default".into(),
+            has_identity: true,
+            keys: vec![key],
+            columns: vec![id],
+            ..Table::default()
+        }
+    }
+
+    /// A node of [`config`] that is as it should be.
+    fn good(config: &Config, name: &str) -> Survey {
+        let settings = [
+            ("wal_level", "logical"),
+            ("track_commit_timestamp", "on"),
+            ("ssl", "on"),
+            ("listen_addresses", "*"),
+            ("shared_preload_libraries", "stillebot"),
+            ("max_replication_slots", "10"),
+            ("max_wal_senders", "10"),
+            ("max_logical_replication_workers", "4"),
+            ("max_sync_workers_per_subscription", "2"),
+            ("max_parallel_workers", "8"),
+            ("max_worker_processes", "16"),
+            ("max_slot_wal_keep_size", "1024"),
+            ("stillebot.node", name),
+            ("hba_file", "/hba"),
+        ];
+        let setting = |(name, value): (&str, &str)| {
+            let restart = name.starts_with("max_w") || name == "wal_level" || name.ends_with("libraries");
+            let setting = Setting { name: name.into(), value: value.into(), restart, ..Setting::default() };
+            (name.to_owned(), setting)
+        };
+        let node = config.node(name).unwrap();
+        let peer = config.nodes.iter().find(|peer| peer.name != name).unwrap();
+        let all = |name: &str| Publication {
+            name: name.into(),
+            all_tables: true,
+            inserts: true,
+            updates: true,
+            deletes: true,
+            truncates: true,
+        };
+        Survey {
+            about: About {
+                version: "17.2".into(),
+                version_num: 17_00_02,
+                encoding: "UTF8".into(),
+                collate: "C".into(),
+                extension: Some("1".into()),
+                extension_available: Some("1".into()),
+                started_us: if name == "a" { 1 } else { 2 },
+                client: Some("198.51.100.1".into()),
+                client_tls: Some(true),
+                ..About::default()
+            },
+            settings: settings.into_iter().map(setting).collect(),
+            roles: BTreeMap::from([role("replicator", true), role("agent", false)]),
+            rules: Some(vec![rule("local all all peer"), rule("hostssl app replicator,agent all cert map=m")]),
+            tables: vec![table("app.t")],
+            publications: vec![all("multihome")],
+            subscriptions: vec![Subscription {
+                name: "multihome".into(),
+                enabled: true,
+                origin: "none".into(),
+                streaming: "on".into(),
+                slot: Some("multihome".into()),
+                publications: vec!["multihome".into()],
+                ..Subscription::default()
+            }],
+            connections: Some(BTreeMap::from([(
+                "multihome".to_owned(),
+                Conninfo::wanted(config, node, peer).to_string(),
+            )])),
+            slots: vec![Slot {
+                name: "multihome".into(),
+                here: true,
+                active: true,
+                wal_status: Some("reserved".into()),
+                kept: Some(1000),
+                reader: Some("192.0.2.9".into()),
+            }],
+            clock: Some(Clock { offset: 0.0, uncertainty: 100.0 }),
+            ..Survey::default()
+        }
+    }
+
+    /// What is not well with the pair after a change to node a, in the form `node verdict subject`.
+    fn after(change: impl Fn(&mut Survey)) -> Vec<Finding> {
+        let config = config(|text| text);
+        let mut surveys: BTreeMap<String, Survey> =
+            ["a", "b"].into_iter().map(|name| (name.to_owned(), good(&config, name))).collect();
+        change(surveys.get_mut("a").unwrap());
+        let seen = Seen { config: &config, surveys: &surveys, places: &BTreeMap::new() };
+        findings(&seen).into_iter().filter(|finding| finding.verdict > Verdict::Ok).collect()
+    }
+
+    fn set(survey: &mut Survey, name: &str, value: &str) {
+        survey.settings.get_mut(name).unwrap().value = value.into();
+    }
+
+    fn one(change: impl Fn(&mut Survey)) -> (String, Vec<String>) {
+        let found = after(change);
+        assert_eq!(found.len(), 1, "{found:#?}");
+        let remedy = found[0].remedy.iter().map(|remedy| match remedy {
+            Remedy::Sql { statement, .. } => statement.clone(),
+            Remedy::File { line, .. } => line.clone(),
+            Remedy::Shell { command, .. } => command.clone(),
+            Remedy::Restart { .. } => "restart".to_owned(),
+        });
+        (format!("{} {} {}", found[0].node, found[0].verdict.word(), found[0].subject), remedy.collect())
+    }
+
+    #[test]
+    fn a_good_pair_has_nothing_to_be_said_about() {
+        assert_eq!(after(|_| {}), []);
+    }
+
+    #[test]
+    fn settings_come_with_the_statement_and_with_what_puts_it_in_force() {
+        let (line, remedy) = one(|a| set(a, "wal_level", "replica"));
+        assert_eq!(line, "a error wal_level");
+        assert_eq!(remedy, ["alter system set wal_level = 'logical'", "restart"]);
+        let (line, remedy) = one(|a| set(a, "ssl", "off"));
+        assert_eq!(line, "a error ssl");
+        assert_eq!(remedy, ["alter system set ssl = 'on'", RELOAD]);
+        let (line, remedy) = one(|a| set(a, "shared_preload_libraries", "pg_stat_statements, \"other\""));
+        assert_eq!(line, "a error shared_preload_libraries");
+        assert_eq!(
+            remedy,
+            ["alter system set shared_preload_libraries = 'pg_stat_statements', 'other', 'stillebot'", "restart"]
+        );
+        // What was given on the command line can be changed there only.
+        let (line, remedy) = one(|a| {
+            set(a, "wal_level", "replica");
+            a.settings.get_mut("wal_level").unwrap().on_command_line = true;
+        });
+        assert_eq!((line.as_str(), remedy.len()), ("a error wal_level", 0));
+        // What the role does not see is not known to be wrong.
+        let (line, remedy) = one(|a| drop(a.settings.remove("shared_preload_libraries")));
+        assert_eq!(line, "a unknown shared_preload_libraries");
+        assert_eq!(remedy, ["grant pg_monitor to agent"]);
+    }
+
+    #[test]
+    fn libraries_are_known_by_any_name() {
+        for libraries in ["$libdir/stillebot", "a, stillebot.so", "\"stillebot\""] {
+            assert_eq!(after(|a| set(a, "shared_preload_libraries", libraries)), [], "{libraries}");
+        }
+    }
+
+    #[test]
+    fn localhost_will_not_do_for_peers_elsewhere() {
+        assert_eq!(after(|a| set(a, "listen_addresses", "localhost, 192.0.2.1")), []);
+        for addresses in ["localhost", "127.0.0.1, ::1", ""] {
+            let (line, remedy) = one(|a| set(a, "listen_addresses", addresses));
+            assert_eq!(
+                (line.as_str(), remedy[0].as_str()),
+                ("a error listen_addresses", "alter system set listen_addresses = '*'")
+            );
+        }
+    }
+
+    #[test]
+    fn places_are_counted_with_what_others_take() {
+        for (setting, value, verdict) in [
+            ("max_replication_slots", "3", None),
+            ("max_replication_slots", "2", Some("warning")),
+            ("max_replication_slots", "0", Some("error")),
+            ("max_wal_senders", "3", None),
+            ("max_wal_senders", "1", Some("warning")),
+            ("max_wal_senders", "0", Some("error")),
+            ("max_logical_replication_workers", "3", None),
+            ("max_logical_replication_workers", "2", Some("warning")),
+            ("max_logical_replication_workers", "0", Some("error")),
+            ("max_worker_processes", "15", None),
+            ("max_worker_processes", "14", Some("warning")),
+            ("max_worker_processes", "4", Some("warning")),
+            ("max_worker_processes", "3", Some("error")),
+        ] {
+            let found = after(|a| set(a, setting, value));
+            let lines: Vec<_> = found.iter().map(|finding| (finding.subject, finding.verdict.word())).collect();
+            assert_eq!(
+                lines,
+                verdict.map(|verdict| (setting, verdict)).into_iter().collect::<Vec<_>>(),
+                "{setting} {value}"
+            );
+        }
+        let (line, remedy) = one(|a| a.about.other_senders = 8);
+        assert_eq!(
+            (line.as_str(), remedy[0].as_str()),
+            ("a warning max_wal_senders", "alter system set max_wal_senders = 11")
+        );
+        let (line, _) = one(|a| a.about.other_slots = 10);
+        assert_eq!(line, "a error max_replication_slots");
+    }
+
+    #[test]
+    fn who_is_turned_away_gets_a_line_before_the_one_that_does_it() {
+        let found = after(|a| {
+            a.rules.as_mut().unwrap().insert(0, rule("hostssl all replicator 192.0.2.0/255.255.255.0 reject"))
+        });
+        assert_eq!(found.len(), 1, "{found:#?}");
+        assert_eq!(
+            found[0].remedy[0],
+            Remedy::File {
+                node: "a".into(),
+                path: "/pg_hba.conf".into(),
+                line: "hostssl app replicator all cert".into(),
+                instead_of: None,
+                before: Some(1),
+            }
+        );
+        assert_eq!(found[0].mends, Some(Mends::File));
+        // From elsewhere that line does not matter; and where a peer comes from may not be known.
+        assert_eq!(
+            after(|a| a
+                .rules
+                .as_mut()
+                .unwrap()
+                .insert(0, rule("hostssl all replicator 203.0.113.0/255.255.255.0 reject"))),
+            []
+        );
+        assert_eq!(one(|a| a.slots[0].reader = None).0, "a unknown pg_hba_replication");
+        let (line, remedy) = one(|a| a.rules = Some(vec![rule("hostssl app replicator all cert")]));
+        assert_eq!(
+            (line.as_str(), remedy[0].as_str()),
+            ("a error pg_hba_agent", "hostssl app agent all scram-sha-256")
+        );
+    }
+
+    #[test]
+    fn what_is_lost_is_told_and_not_mended_by_a_statement() {
+        let (line, remedy) = one(|a| a.slots[0].wal_status = Some("lost".into()));
+        assert_eq!((line.as_str(), remedy.len()), ("a error slot", 0));
+        let missing = after(|a| a.slots.clear());
+        assert!(
+            missing.iter().any(|finding| finding.subject == "slot" && finding.verdict == Verdict::Error),
+            "{missing:#?}"
+        );
+    }
+
+    #[test]
+    fn databases_that_are_not_alike_are_told_once() {
+        let lines = |change: fn(&mut Survey)| one(change).0;
+        assert_eq!(lines(|a| a.about.encoding = "LATIN1".into()), "a error encoding");
+        assert_eq!(lines(|a| a.about.collate = "de_DE.UTF-8".into()), "a warning collation");
+        assert_eq!(lines(|a| a.about.locale = Some("de".into())), "a warning collation");
+        assert_eq!(lines(|a| a.about.started_us = 2), "a error same_database");
+        assert_eq!(
+            lines(|a| (a.about.extension, a.about.extension_available) = (Some("2".into()), Some("2".into()))),
+            "a warning extension_alike"
+        );
+    }
+
+    #[test]
+    fn clocks_may_differ_by_half_a_second_less_what_is_not_known() {
+        let skewed = |offset, uncertainty| after(|a| a.clock = Some(Clock { offset, uncertainty }));
+        assert_eq!(skewed(499_000.0, 100.0), []);
+        let found = skewed(-600_000.0, 100.0);
+        assert_eq!((found[0].verdict, found[0].found.as_str()), (Verdict::Warning, "b is 600.0 ms ahead (± 0.2 ms)"));
+        assert_eq!(skewed(100_000.0, 900_000.0)[0].verdict, Verdict::Unknown);
+    }
+
+    #[test]
+    fn nodes_that_know_each_other_are_told_from_strangers_and_copies() {
+        let identity = |node: &str, pair: &str, id: &str| Identity {
+            node: node.into(),
+            pair: pair.into(),
+            id: id.into(),
+            ..Identity::default()
+        };
+        let told = |a: Option<Identity>, b: Option<Identity>| {
+            let config = config(|text| text);
+            let surveys = [("a", a), ("b", b)].map(|(name, identity)| {
+                let mut survey = good(&config, name);
+                (survey.about.knows_itself, survey.identity) = (true, identity);
+                (name.to_owned(), survey)
+            });
+            let seen = Seen { config: &config, surveys: &BTreeMap::from(surveys), places: &BTreeMap::new() };
+            let found = findings(&seen).into_iter().filter(|finding| finding.verdict > Verdict::Ok);
+            found
+                .map(|finding| format!("{} {}: {:?}", finding.node, finding.subject, finding.remedy))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(told(Some(identity("a", "p", "1")), Some(identity("b", "p", "2"))), [""; 0]);
+        let one = told(Some(identity("a", "p", "1")), None);
+        assert!(one.len() == 1 && one[0].contains("select multihome.identify('b', 'p')"), "{one:?}");
+        assert!(told(None, None).iter().all(|line| line.contains("stillebot-agent init")));
+        assert!(told(Some(identity("a", "p", "1")), Some(identity("b", "q", "2")))[0].starts_with("a identity_alike"));
+        assert!(told(Some(identity("a", "p", "1")), Some(identity("b", "p", "1")))[0].starts_with("a identity_alike"));
+        assert!(told(Some(identity("b", "p", "1")), Some(identity("b", "p", "2")))[0].starts_with("a identity: "));
+        let copy = Identity { foreign: true, ..identity("a", "p", "1") };
+        assert!(told(Some(copy), Some(identity("b", "p", "2")))[0].contains("stillebot_adopt_identity"));
+    }
+
+    #[test]
+    fn a_connection_is_compared_keyword_by_keyword() {
+        let connects = |from: &str, to: &str| {
+            one(|a| {
+                let text = a.connections.as_mut().unwrap().get_mut("multihome").unwrap();
+                let changed = text.replace(from, to);
+                assert_ne!(changed, *text);
+                *text = changed;
+            })
+        };
+        for (from, to, verdict) in [
+            ("host=b.example.net", "host=a.example.net", "error"),
+            ("port=5432", "port=5433", "error"),
+            ("sslmode=verify-full", "sslmode=require", "error"),
+            ("sslmode=verify-full ", "", "error"),
+            ("sslkey=/k", "sslkey=/other", "warning"),
+            ("tcp_user_timeout=5000", "", "warning"),
+            ("host=", "hostaddr=192.0.2.1 host=", "warning"),
+        ] {
+            let (line, remedy) = connects(from, to);
+            assert_eq!(line, format!("a {verdict} subscription_connection"), "{from}");
+            assert!(
+                remedy[0].starts_with("alter subscription multihome connection 'host=b.example.net port=5432 "),
+                "{remedy:?}"
+            );
+        }
+        // The order is nobody's business, nor is a default that is not written.
+        assert_eq!(
+            after(|a| {
+                let text = a.connections.as_mut().unwrap().get_mut("multihome").unwrap();
+                *text = text.replace("port=5432 ", "") + " keepalives=1";
+            }),
+            []
+        );
+    }
+
+    #[test]
+    fn dead_addresses_are_told_with_what_they_cost() {
+        let config = config(|text| text);
+        let surveys = BTreeMap::new();
+        let place = |for_subscriptions, answers: &[(&str, Answer)]| Place {
+            host: "a.example.net".into(),
+            port: 5432,
+            for_subscriptions,
+            answers: Ok(answers.iter().map(|(address, answer)| (address.parse().unwrap(), answer.clone())).collect()),
+        };
+        let told = |place: Place| {
+            let places = BTreeMap::from([("a".to_owned(), vec![place])]);
+            findings(&Seen { config: &config, surveys: &surveys, places: &places }).remove(0)
+        };
+        let (v4, v6) = ("192.0.2.1:5432", "[2001:db8::1]:5432");
+        let finding = told(place(true, &[(v6, Answer::Silent), (v4, Answer::Listens)]));
+        assert_eq!(finding.verdict, Verdict::Warning);
+        assert_eq!(
+            finding.found,
+            "2001:db8::1 does not answer within 1 s, 192.0.2.1 answers: subscriptions may lose 5 s at each connect"
+        );
+        assert!(finding.needed.ends_with("a name that has only 192.0.2.1"), "{}", finding.needed);
+        let refuses = Answer::Refuses("refused".into());
+        assert_eq!(told(place(true, &[(v6, refuses.clone()), (v4, Answer::Listens)])).verdict, Verdict::Ok);
+        assert_eq!(told(place(true, &[(v4, refuses)])).verdict, Verdict::Warning);
+        assert_eq!(told(place(false, &[(v6, Answer::Silent), (v4, Answer::Listens)])).verdict, Verdict::Warning);
+        assert_eq!(told(place(false, &[(v4, Answer::Silent)])).verdict, Verdict::Error);
+    }
+
+    #[test]
+    fn an_old_server_is_told_of_and_nothing_else() {
+        let old = |a: &mut Survey| {
+            *a = Survey {
+                about: About { version: "15.9".into(), version_num: 15_00_09, ..About::default() },
+                ..Survey::default()
+            };
+        };
+        let found = after(old);
+        let of_a: Vec<&str> =
+            found.iter().filter(|finding| finding.node == "a").map(|finding| finding.subject).collect();
+        assert_eq!(of_a, ["postgresql_version"]);
+    }
+
+    fn sequence() -> impl Strategy<Value = Sequence> {
+        (prop_oneof![1_i64..6, -5_i64..0], 1_i64..30, prop::option::of(1_i64..30)).prop_map(
+            |(increment, start, last)| Sequence { name: "s".into(), increment, start, least: -1000, most: 1000, last },
+        )
+    }
+
+    proptest! {
+        /// What is said not to collide never does.
+        #[test]
+        fn sequences_that_are_said_not_to_collide_have_no_value_in_common(a in sequence(), b in sequence()) {
+            let values = |sequence: &Sequence| {
+                let at = sequence.last.unwrap_or(sequence.start);
+                (0..200).map(|step| at + step * sequence.increment).collect::<BTreeSet<_>>()
+            };
+            if !collide(&a, &b) {
+                prop_assert!(values(&a).is_disjoint(&values(&b)));
+            }
+            prop_assert_eq!(collide(&a, &b), collide(&b, &a));
+        }
+
+        #[test]
+        fn strides_do_not_collide(size in 2_i64..9, first in 0_i64..9, second in 0_i64..9) {
+            let strided = |number: i64| Sequence {
+                increment: size, start: size + number % size, least: 1, most: i64::MAX, ..Sequence::default()
+            };
+            prop_assert_eq!(collide(&strided(first), &strided(second)), first % size == second % size);
+        }
+    }
 }

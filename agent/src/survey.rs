@@ -16,6 +16,9 @@ use crate::hba::Rule;
 use crate::node::{NodeError, Params, Session, Trouble};
 use crate::{sight, sql};
 
+/// The least version of PostgreSQL: from it on subscriptions know `origin`. An older one is asked for its version only.
+pub const LEAST_VERSION: i32 = 16_00_00;
+
 /// The settings that set-up cares about.
 pub const SETTINGS: &[&str] = &[
     "config_file",
@@ -131,9 +134,9 @@ pub struct Setting {
     pub value: String,
     /// It was given on the server's command line, which wins over every file.
     pub on_command_line: bool,
-    /// A change waits for a restart.
+    /// It changes with a restart only.
     pub restart: bool,
-    /// And one does wait.
+    /// A change waits for that.
     pub pending: bool,
 }
 
@@ -312,6 +315,9 @@ pub async fn take(session: &Session, config: &Config, node: &Node, bound: Durati
     let missing = || session.error(Trouble::Refused, "the server says nothing of itself".into());
     let about = about.into_iter().next().ok_or_else(missing)?;
 
+    if about.version_num < LEAST_VERSION {
+        return Ok(Survey { about, ..Survey::default() });
+    }
     let settings: Vec<Setting> = read(session, sql::SURVEY_SETTINGS, &[&SETTINGS], bound).await?;
     let settings: BTreeMap<String, Setting> = settings.into_iter().map(|found| (found.name.clone(), found)).collect();
     let names = [&config.user, &config.replication.user];

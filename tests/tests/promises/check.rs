@@ -560,10 +560,9 @@ async fn a_subscription_gives_up_a_dead_address_and_takes_the_next() -> Result<(
     // What libpq makes of a name with two addresses, without a resolver: the same name twice.
     let connection: String = gideon.value(DATABASE, "select subconninfo from pg_subscription").await?;
     let dead_first = connection.replace("host=127.0.0.1 ", "host=localhost,localhost hostaddr=::1,127.0.0.1 ");
-    let slow = dead_first.replace("tcp_user_timeout=5000", "tcp_user_timeout=2000");
-    ensure!(dead_first != connection && slow != dead_first);
+    ensure!(dead_first != connection && dead_first.contains("tcp_user_timeout=5000"), "{connection}");
     let began = Instant::now();
-    gideon.execute(DATABASE, &format!("alter subscription multihome connection '{slow}'")).await?;
+    gideon.execute(DATABASE, &format!("alter subscription multihome connection '{dead_first}'")).await?;
     let from_localhost = "select count(*) from pg_stat_subscription s join pg_subscription p on p.oid = s.subid \
          where s.pid is not null and s.received_lsn is not null and p.subconninfo like '%localhost%'";
     wait_until("the subscription to be connected", PATIENCE, || async {
@@ -573,6 +572,6 @@ async fn a_subscription_gives_up_a_dead_address_and_takes_the_next() -> Result<(
     sikorsky.execute(DATABASE, "insert into stillebot.raids values (1, 2)").await?;
     cluster.wait_replicated().await?;
     let took = began.elapsed();
-    ensure!(took >= Duration::from_secs(2), "the dead address was not tried: {took:?}");
+    ensure!(took >= Duration::from_secs(5), "the dead address was not tried: {took:?}");
     cluster.finish().await
 }
