@@ -159,3 +159,28 @@ as 'MODULE_PATHNAME', 'multihome_park_wrapper';
 revoke execute on function multihome.park() from public;
 comment on function multihome.park() is
 'Disables the subscriptions of a database that is a copy of another node, and remembers them for stillebot_adopt_identity(). Returns how many. For the collector.';
+
+-- A renewed client certificate is used by a subscription from its next connection on.
+
+create function multihome.reconnect(subscription text) returns integer
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    worker integer;
+begin
+    perform from pg_subscription s join pg_database d on d.oid = s.subdbid
+      where d.datname = current_database() and s.subname = subscription;
+    if not found then
+        raise undefined_object using message = format('there is no subscription %s in this database', quote_nullable(subscription));
+    end if;
+    select w.pid into worker
+      from pg_stat_subscription w join pg_subscription s on s.oid = w.subid join pg_database d on d.oid = s.subdbid
+     where d.datname = current_database() and s.subname = subscription and w.relid is null and w.leader_pid is null and w.pid is not null;
+    if worker is not null and not pg_terminate_backend(worker) then
+        worker := null;
+    end if;
+    return worker;
+end $$;
+revoke execute on function multihome.reconnect(text) from public;
+comment on function multihome.reconnect(text) is 'Ends the apply worker of a subscription, so that the next one, started at once, connects anew and with the certificate that is there now. Returns the process id of the one that was ended; null if there was none.';

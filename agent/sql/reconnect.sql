@@ -1,0 +1,2 @@
+-- subscription
+select multihome.reconnect($1)
