@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::cmd::certs::STEPS as DEPLOY_STEPS;
 use crate::config::DEFAULT_PATH;
 use crate::hop::STEPS;
 use crate::resolve::Wish;
@@ -106,6 +107,28 @@ pub enum Command {
     /// Shows conflicts and errors of replication, and resolves them on all nodes.
     #[command(subcommand)]
     Conflicts(Conflicts),
+    /// Puts renewed certificates where they are used, and shows how all certificates in use stand.
+    #[command(subcommand)]
+    Certs(Certs),
+}
+
+/// The commands under `certs`.
+#[derive(Debug, Subcommand)]
+pub enum Certs {
+    /// Puts a renewed certificate into the places that the configuration names for it, and proves that it is in use; certbot's
+    /// deploy hook. If it is not, the old one is back.
+    Deploy {
+        /// The directory with fullchain.pem and privkey.pem, or its name under /etc/letsencrypt/live. By default what certbot
+        /// says, in RENEWED_LINEAGE.
+        #[arg(long, value_name = "DIRECTORY")]
+        lineage: Option<PathBuf>,
+        /// For tests: stop this process (SIGSTOP) before or after a step.
+        #[arg(long, value_name = "before:STEP|after:STEP", hide = true, value_parser = pause_at_deploy)]
+        pause_at: Option<PauseAt>,
+    },
+    /// Shows every certificate in use, as file on this host and as served by every node: exit code 1 if one has expired, will
+    /// within 7 days, is not verified by the root, or is not the one that is served.
+    Check,
 }
 
 /// The commands under `conflicts`.
@@ -185,6 +208,8 @@ impl Command {
             Self::Conflicts(Conflicts::Show { .. }) => "conflicts show",
             Self::Conflicts(Conflicts::Resolve { .. }) => "conflicts resolve",
             Self::Conflicts(Conflicts::Skip { .. }) => "conflicts skip",
+            Self::Certs(Certs::Deploy { .. }) => "certs deploy",
+            Self::Certs(Certs::Check) => "certs check",
         }
     }
 }
@@ -214,7 +239,7 @@ pub struct Hop {
     #[arg(long)]
     pub dry_run: bool,
     /// For tests: stop this process (SIGSTOP) before or after a step, as in before:open; `undo` counts as one.
-    #[arg(long, value_name = "before:STEP|after:STEP", hide = true)]
+    #[arg(long, value_name = "before:STEP|after:STEP", hide = true, value_parser = pause_at_hop)]
     pub pause_at: Option<PauseAt>,
 }
 
@@ -242,18 +267,24 @@ pub struct PauseAt {
     pub step: String,
 }
 
-impl FromStr for PauseAt {
-    type Err = String;
+fn pause_at_hop(text: &str) -> Result<PauseAt, String> {
+    PauseAt::parse(text, &STEPS)
+}
 
-    fn from_str(text: &str) -> Result<Self, String> {
+fn pause_at_deploy(text: &str) -> Result<PauseAt, String> {
+    PauseAt::parse(text, &DEPLOY_STEPS)
+}
+
+impl PauseAt {
+    fn parse(text: &str, steps: &[&str]) -> Result<Self, String> {
         let (when, step) = text.split_once(':').ok_or("must be before:STEP or after:STEP")?;
         let after = match when {
             "before" => false,
             "after" => true,
             _ => return Err("must begin with before: or after:".into()),
         };
-        if step != "undo" && !STEPS.contains(&step) {
-            return Err(format!("no such step; the steps are {}", STEPS.join(", ")));
+        if step != "undo" && !steps.contains(&step) {
+            return Err(format!("no such step; the steps are {}", steps.join(", ")));
         }
         Ok(Self { after, step: step.into() })
     }
@@ -301,8 +332,9 @@ mod tests {
 
     #[test]
     fn places_to_pause_are_checked() {
-        assert_eq!("after:open".parse(), Ok(PauseAt { after: true, step: "open".into() }));
-        assert!("open".parse::<PauseAt>().is_err());
-        assert!("after:lunch".parse::<PauseAt>().is_err());
+        assert_eq!(pause_at_hop("after:open"), Ok(PauseAt { after: true, step: "open".into() }));
+        assert_eq!(pause_at_deploy("before:undo"), Ok(PauseAt { after: false, step: "undo".into() }));
+        assert!(pause_at_hop("open").is_err());
+        assert!(pause_at_deploy("after:open").is_err());
     }
 }

@@ -25,6 +25,13 @@ pub enum Subject {
         /// Its name.
         slot: String,
     },
+    /// A certificate that is in use, or should be.
+    Certificate {
+        /// Whose it is.
+        node: String,
+        /// Which one.
+        certificate: String,
+    },
     /// Replication from one node to another.
     Direction {
         /// Where it was written.
@@ -39,6 +46,7 @@ impl fmt::Display for Subject {
         match self {
             Self::Node { node } => f.write_str(node),
             Self::Slot { node, slot } => write!(f, "slot {slot} on {node}"),
+            Self::Certificate { node, certificate } => write!(f, "certificate ({certificate}) of {node}"),
             Self::Direction { from, to } => write!(f, "{from} -> {to}"),
         }
     }
@@ -119,6 +127,11 @@ pub enum Condition {
         /// When it has caught up if it goes on as it does.
         catch_up: CatchUp,
     },
+    /// A certificate expires soon, is not verified, or is not the one that is served.
+    Certificate {
+        /// In words.
+        trouble: String,
+    },
     /// A slot whose reader is gone, or takes nothing, keeps WAL.
     WalKept {
         /// Whom it is for, if that is a node of ours.
@@ -172,6 +185,7 @@ impl Condition {
             Self::SlotInactive { .. } => "slot_inactive",
             Self::Stalled { .. } => "stalled",
             Self::Slow { .. } => "slow",
+            Self::Certificate { .. } => "certificate",
             Self::WalKept { .. } => "wal_kept",
         }
     }
@@ -185,6 +199,7 @@ impl Condition {
             Self::SlotLost { .. } => "broken for good",
             Self::Blocked(_) => "blocked by a lock",
             Self::SlotInactive { .. } => "with an unread slot",
+            Self::Certificate { .. } => "in trouble",
             Self::WalKept { .. } => "keeping WAL",
             _ => self.word(),
         }
@@ -204,6 +219,7 @@ impl fmt::Display for Condition {
         match self {
             Self::Unreachable { error } => f.write_str(error),
             Self::Warning { warning } => f.write_str(warning),
+            Self::Certificate { trouble } => f.write_str(trouble),
             Self::SubscriptionMissing { subscription } => write!(f, "there is no subscription {subscription}"),
             Self::SlotMissing { slot: Some(slot) } => {
                 write!(f, "slot {slot} is gone at the source, what was written since it was is not coming")

@@ -15,6 +15,10 @@ use crate::template::Template;
 
 /// Where the configuration is unless `--config` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/stillebot/agent.toml";
+/// Where the agent keeps what it has to remember unless `state` says otherwise.
+const DEFAULT_STATE: &str = "/var/lib/stillebot";
+/// Who owns the files that PostgreSQL reads unless `certificate.owner` says otherwise.
+const SERVER_USER: &str = "postgres";
 
 /// Everything the agent is told, checked and completed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +45,49 @@ pub struct Config {
     pub rules: Vec<Rule>,
     /// What subscriptions connect with.
     pub replication: Replication,
+    /// Where renewed certificates go, in the order of the file.
+    pub certificates: Vec<Certificate>,
+    /// Directory of what the agent has to remember: how the last deployment of each certificate ended.
+    pub state: PathBuf,
+}
+
+/// One place that renewed certificates go to: a pair of files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Certificate {
+    /// The name of the certificate at the authority's client: its directory under `live/`.
+    pub lineage: String,
+    /// Who presents it; never empty.
+    pub uses: BTreeSet<Use>,
+    /// The node on whose host the files are; none: the node of this host.
+    pub node: Option<String>,
+    /// The certificate and those between it and its root.
+    pub cert: PathBuf,
+    /// Its key, in the same directory.
+    pub key: PathBuf,
+    /// The files' owner; none: whoever runs the deployment.
+    pub owner: Option<String>,
+    /// The files' group; none: the owner's.
+    pub group: Option<String>,
+    /// The files' mode.
+    pub mode: u32,
+    /// What the chain has to lead to; none: [`Tls::root`].
+    pub root: Option<PathBuf>,
+    /// Names and addresses that it has to cover; none: those that the node is reached and verified by.
+    pub names: Option<Vec<String>>,
+}
+
+/// Who presents a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Use {
+    /// The node's server, to its clients.
+    Server,
+    /// The node's subscriptions, to their publishers.
+    Replication,
+    /// This agent.
+    Agent,
+    /// Somebody else.
+    Other,
 }
 
 /// What the subscriptions of all nodes connect to their publishers with. Paths are the servers', not the agent's.
@@ -174,11 +221,19 @@ pub struct Watch {
     pub stall: Duration,
     /// How often a rule is tried for one conflict.
     pub attempts: u32,
+    /// How often it looks at certificates.
+    pub certificates: Duration,
 }
 
 impl Default for Watch {
     fn default() -> Self {
-        Self { channel: None, interval: Duration::from_secs(5), stall: Duration::from_secs(60), attempts: 3 }
+        Self {
+            channel: None,
+            interval: Duration::from_secs(5),
+            stall: Duration::from_secs(60),
+            attempts: 3,
+            certificates: Duration::from_secs(3600),
+        }
     }
 }
 
@@ -264,6 +319,31 @@ struct File {
     #[serde(default)]
     rule: Vec<FileRule>,
     replication: Option<FileReplication>,
+    #[serde(default)]
+    certificate: Vec<FileCertificate>,
+    state: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileCertificate {
+    lineage: String,
+    r#use: FileUse,
+    node: Option<String>,
+    cert: PathBuf,
+    key: PathBuf,
+    owner: Option<String>,
+    group: Option<String>,
+    mode: Option<String>,
+    root: Option<PathBuf>,
+    names: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "must be one or several of \"server\", \"replication\", \"agent\", \"other\"")]
+enum FileUse {
+    One(Use),
+    Several(BTreeSet<Use>),
 }
 
 #[derive(Deserialize, Default)]
@@ -314,6 +394,7 @@ struct FileWatch {
     interval: Option<String>,
     stall: Option<String>,
     attempts: Option<u32>,
+    certificates: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -436,7 +517,28 @@ impl Config {
         let watch = watch(file.watch.unwrap_or_default())?;
         let rules = file.rule.into_iter().map(|file| rule(file, &nodes)).collect::<Result<_, _>>()?;
         let replication = replication(file.replication.unwrap_or_default())?;
-        Ok(Self { database, user, publication, subscription, tls, active, nodes, passfile, watch, rules, replication })
+        let certificates =
+            file.certificate.into_iter().map(|file| certificate(file, &nodes)).collect::<Result<Vec<_>, _>>()?;
+        let mut places = BTreeSet::new();
+        if let Some(twice) = certificates.iter().find(|entry| !places.insert((&entry.node, &entry.cert))) {
+            return Err(format!("certificate.cert: {} is there twice", twice.cert.display()));
+        }
+        let state = file.state.unwrap_or_else(|| DEFAULT_STATE.into());
+        Ok(Self {
+            database,
+            user,
+            publication,
+            subscription,
+            tls,
+            active,
+            nodes,
+            passfile,
+            watch,
+            rules,
+            replication,
+            certificates,
+            state,
+        })
     }
 
     /// The node of that name.
@@ -543,6 +645,49 @@ fn replication(file: FileReplication) -> Result<Replication, String> {
     Ok(Replication { user, mode: mode.unwrap_or_default(), root, cert, key, passfile })
 }
 
+fn certificate(file: FileCertificate, nodes: &[Node]) -> Result<Certificate, String> {
+    let FileCertificate { lineage, r#use, node, cert, key, owner, group, mode, root, names } = file;
+    if lineage.is_empty() || lineage.starts_with('.') || lineage.contains('/') {
+        return Err(format!("certificate.lineage: {lineage:?}: must be the name of a directory under live/"));
+    }
+    let flaw = |key: &str, text: &str| Err(format!("certificate.{key} of {lineage}: {text}"));
+    let uses = match r#use {
+        FileUse::One(one) => BTreeSet::from([one]),
+        FileUse::Several(several) => several,
+    };
+    if uses.is_empty() {
+        return flaw("use", "must not be empty");
+    }
+    if let Some(name) = &node
+        && !nodes.iter().any(|node| node.name == *name)
+    {
+        return flaw("node", &format!("there is no node {name}"));
+    }
+    for (name, path) in [("cert", &cert), ("key", &key)] {
+        if !path.is_absolute() || path.file_name().and_then(|name| name.to_str()).is_none() {
+            return flaw(name, "must be the absolute path of a file");
+        }
+    }
+    if cert.parent() != key.parent() || cert == key {
+        return flaw("key", "must be another file in the directory of cert");
+    }
+    let for_postgres = uses.contains(&Use::Server) || uses.contains(&Use::Replication);
+    let owner = owner.or_else(|| for_postgres.then(|| SERVER_USER.into()));
+    let mode = mode.as_deref().unwrap_or("0600");
+    let Some(mode) = u32::from_str_radix(mode, 8).ok().filter(|mode| [0o400, 0o440, 0o600, 0o640].contains(mode))
+    else {
+        return flaw("mode", "must be \"0600\", \"0400\", \"0640\" or \"0440\"");
+    };
+    // PostgreSQL's and libpq's own rule.
+    if for_postgres && mode & 0o040 != 0 && owner.as_deref() != Some("root") {
+        return flaw("mode", "PostgreSQL takes a key that its group can read from root only");
+    }
+    if names.as_ref().is_some_and(|names| names.iter().any(String::is_empty)) {
+        return flaw("names", "must not be empty");
+    }
+    Ok(Certificate { lineage, uses, node, cert, key, owner, group, mode, root, names })
+}
+
 fn watch(file: FileWatch) -> Result<Watch, String> {
     let default = Watch::default();
     let time = |key: &str, text: Option<String>, default: Duration, allowed: RangeInclusive<Duration>| {
@@ -560,7 +705,8 @@ fn watch(file: FileWatch) -> Result<Watch, String> {
     if !(1..=100).contains(&attempts) {
         return Err("watch.attempts: must be 1 to 100".into());
     }
-    Ok(Watch { channel, interval, stall, attempts })
+    let certificates = time("certificates", file.certificates, default.certificates, seconds(1)..=seconds(86400))?;
+    Ok(Watch { channel, interval, stall, attempts, certificates })
 }
 
 fn channel(key: &str, name: String) -> Result<String, String> {
@@ -824,6 +970,7 @@ mod tests {
             interval: Duration::from_secs(2),
             stall: Duration::from_secs(90),
             attempts: 5,
+            ..Watch::default()
         };
         assert_eq!(config.watch, watch);
         let one = |schema: &str, table: &str| Tables::One(schema.into(), table.into());
@@ -880,6 +1027,46 @@ mod tests {
             let flaw = parse(&text).unwrap_err();
             assert!(flaw.contains(expected), "{text}\n{flaw}");
         }
+    }
+
+    const CERTIFICATE: &str = r#"
+        [[certificate]]
+        lineage = "sikorsky.example.net"
+        use     = ["server", "replication"]
+        cert    = "/etc/postgresql/17/main/certificate.pem"
+        key     = "/etc/postgresql/17/main/privkey.pem"
+    "#;
+
+    #[test]
+    fn a_certificate_of_postgresql_is_owned_by_it_and_read_by_nobody_else() {
+        let config = parse(&format!("[[node]]\nname='a'\nhost='a'\n{CERTIFICATE}")).unwrap();
+        let certificate = &config.certificates[0];
+        assert_eq!(certificate.uses, BTreeSet::from([Use::Server, Use::Replication]));
+        assert_eq!((certificate.owner.as_deref(), certificate.mode), (Some("postgres"), 0o600));
+        assert_eq!(config.state, PathBuf::from(DEFAULT_STATE));
+    }
+
+    #[test]
+    fn what_is_wrong_with_certificates_is_said() {
+        let node = "[[node]]\nname='a'\nhost='a'\n";
+        for (from, to, expected) in [
+            ("\"sikorsky.example.net\"", "\"../x\"", "certificate.lineage"),
+            ("[\"server\", \"replication\"]", "\"bot\"", "one or several of"),
+            ("[\"server\", \"replication\"]", "[]", "certificate.use"),
+            ("main/privkey", "other/privkey", "in the directory of cert"),
+            ("\"/etc/postgresql/17/main/c", "\"c", "certificate.cert"),
+            ("use ", "mode='0644'\nuse ", "certificate.mode"),
+            ("use ", "mode='0640'\nuse ", "from root only"),
+            ("use ", "node='z'\nuse ", "there is no node z"),
+            ("use ", "names=['']\nuse ", "certificate.names"),
+            ("use ", "colour=1\nuse ", "unknown field `colour`"),
+        ] {
+            let text = CERTIFICATE.replace(from, to);
+            assert_ne!(text, CERTIFICATE);
+            let flaw = parse(&format!("{node}{text}")).unwrap_err();
+            assert!(flaw.contains(expected), "{text}\n{flaw}");
+        }
+        assert!(parse(&format!("{node}{CERTIFICATE}{CERTIFICATE}")).unwrap_err().contains("twice"));
     }
 
     #[test]

@@ -12,6 +12,10 @@
 //! resolver.rs does it on the nodes, for `conflicts` and by rules
 //! order.rs   which of two values of a column is the greater
 //! template.rs texts with columns in them
+//! certs.rs   certificates: what they say and whether they will do, without IO
+//! deploy.rs  where a certificate and its key are put, as a pair
+//! inspect.rs how all certificates in use stand
+//! renewal.rs how the last deployment of a certificate ended
 //! conninfo.rs libpq's connection strings
 //! crew.rs    the sessions of one command, each holding its node's lock
 //! survey.rs  what one node tells about itself for set-up
@@ -34,6 +38,7 @@
 
 pub mod alarm;
 pub mod check;
+pub mod certs;
 pub mod cli;
 pub mod clock;
 pub mod cmd;
@@ -42,15 +47,18 @@ pub mod config;
 pub mod conflict;
 pub mod conninfo;
 pub mod crew;
+pub mod deploy;
 pub mod facts;
 pub mod failure;
 pub mod grants;
 pub mod hba;
 pub mod hop;
+pub mod inspect;
 pub mod node;
 pub mod order;
 pub mod pgpass;
 pub mod quote;
+pub mod renewal;
 pub mod resolve;
 pub mod resolver;
 pub mod sight;

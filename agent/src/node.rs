@@ -7,23 +7,29 @@ use std::collections::HashMap;
 use std::error::Error as _;
 use std::fmt;
 use std::future::poll_fn;
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use openssl::pkey::PKey;
-use openssl::ssl::{SslConnector, SslMethod, SslVerifyMode};
+use openssl::ssl::{Ssl, SslConnector, SslMethod, SslVerifyMode};
 use openssl::x509::store::X509StoreBuilder;
 use postgres_openssl::MakeTlsConnector;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
+use tokio_openssl::SslStream;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{AsyncMessage, Client, NoTls, Notification, Row, Statement};
 
+use crate::certs::Chain;
 use crate::config::{Config, Node, TlsMode};
 use crate::failure::{Failure, Kind};
 use crate::{pgpass, sql};
@@ -125,11 +131,37 @@ pub async fn try_each(host: &str, port: u16) -> Result<Vec<(SocketAddr, Answer)>
     Ok(futures_util::future::join_all(answers).await)
 }
 
+/// Root, certificate and key, read.
+struct Tls {
+    connector: MakeTlsConnector,
+    files: Files,
+}
+
+/// Which files those were: changes when one is replaced.
+type Files = Vec<Option<(u64, i64, i64, u64)>>;
+
+fn files(config: &Config) -> Files {
+    let paths = [&config.tls.root, &config.tls.cert, &config.tls.key];
+    let file = |path: &PathBuf| {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some((metadata.ino(), metadata.mtime(), metadata.mtime_nsec(), metadata.size()))
+    };
+    paths.into_iter().flatten().map(file).collect()
+}
+
+/// What came of a TLS handshake.
+pub enum Handshake {
+    /// The certificates that the server presented.
+    Served(Chain),
+    /// No server listens there.
+    NotRunning,
+}
+
 /// Makes connections to the nodes of one configuration.
 pub struct Connector {
     config: Config,
     /// None with `mode = "disable"`.
-    tls: Option<MakeTlsConnector>,
+    tls: Mutex<Option<Tls>>,
     /// One task for each connection made.
     tasks: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -139,9 +171,63 @@ impl Connector {
     pub fn new(config: &Config) -> Result<Self, Failure> {
         let tls = match config.tls.mode {
             TlsMode::Disable => None,
-            mode => Some(tls(config, mode)?),
+            mode => Some(Tls { files: files(config), connector: tls(config, mode)? }),
         };
-        Ok(Self { config: config.clone(), tls, tasks: Mutex::new(Vec::new()) })
+        Ok(Self { config: config.clone(), tls: Mutex::new(tls), tasks: Mutex::new(Vec::new()) })
+    }
+
+    /// What connections are secured with. Whoever watches for months has to use the certificate that was renewed meanwhile.
+    fn tls(&self) -> Option<MakeTlsConnector> {
+        let mut kept = self.tls.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = kept.as_mut()?;
+        let files = files(&self.config);
+        if files != kept.files {
+            match tls(&self.config, self.config.tls.mode) {
+                Ok(connector) => *kept = Tls { connector, files },
+                // Half-way through being replaced, perhaps: what was read before still serves, and the next connection looks
+                // again.
+                Err(failure) => tracing::warn!("{failure}; going on with what was read before"),
+            }
+        }
+        Some(kept.connector.clone())
+    }
+
+    /// What a node's server presents to whoever comes, however it is signed. Over a socket there is no TLS, so that one is asked
+    /// where its peers reach it.
+    pub async fn handshake(&self, node: &Node, bound: Duration) -> Result<Handshake, NodeError> {
+        let mut node = node.clone();
+        if node.is_local() {
+            node.port = node.replication.port.unwrap_or(node.port);
+            node.host = node.replication.host.clone().unwrap_or_else(|| "localhost".into());
+        }
+        let work = async {
+            let mut last = None;
+            for address in addresses(&node).await? {
+                let met = match timeout(ADDRESS_BOUND, TcpStream::connect(address)).await {
+                    Ok(met) => met,
+                    Err(_) => Err(io::ErrorKind::TimedOut.into()),
+                };
+                match met {
+                    Ok(stream) => return present(&node, stream).await.map(Handshake::Served),
+                    Err(error) => last = Some(error),
+                }
+            }
+            match last {
+                Some(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(Handshake::NotRunning),
+                last => {
+                    let message = last.map_or_else(|| "no address".into(), |error| error.to_string());
+                    Err(unreachable(&node, message, "check that the host is up and node.host is right"))
+                }
+            }
+        };
+        match timeout(bound, work).await {
+            Ok(result) => result,
+            Err(_) => Err(unreachable(
+                &node,
+                format!("no handshake within {}", humantime::format_duration(bound)),
+                "check that the server runs and that nothing swallows the packets on the way",
+            )),
+        }
     }
 
     /// Gives the sessions that have been dropped a moment to say goodbye to their servers.
@@ -199,23 +285,7 @@ impl Connector {
         if node.is_local() {
             return self.connect_to(node, None).await;
         }
-        let addresses: Vec<SocketAddr> = match tokio::net::lookup_host((node.host.as_str(), node.port)).await {
-            Ok(addresses) => addresses.filter(|address| node.family.admits(address.ip())).collect(),
-            Err(error) => {
-                return Err(unreachable(
-                    node,
-                    format!("cannot resolve the name: {error}"),
-                    "check node.host and the resolver",
-                ));
-            }
-        };
-        if addresses.is_empty() {
-            return Err(unreachable(
-                node,
-                "the name has no address of the wanted family".into(),
-                "check node.family and the name's A and AAAA records",
-            ));
-        }
+        let addresses = addresses(node).await?;
         let mut errors: Vec<NodeError> = Vec::new();
         for address in &addresses {
             match self.connect_to(node, Some(*address)).await {
@@ -268,10 +338,10 @@ impl Connector {
             settings.password(password);
         }
         let started = tokio::time::Instant::now();
-        let connected = match &self.tls {
+        let connected = match self.tls() {
             Some(tls) if !node.is_local() => {
                 settings.ssl_mode(SslMode::Require);
-                settings.connect(tls.clone()).await.map(|(client, connection)| (client, self.spawn(node, connection)))
+                settings.connect(tls).await.map(|(client, connection)| (client, self.spawn(node, connection)))
             }
             _ => {
                 settings.ssl_mode(SslMode::Disable);
@@ -372,8 +442,8 @@ impl Session {
     /// A handle that asks the server to cancel what it is doing for this session.
     pub async fn cancel(&self, connector: &Connector, bound: Duration) {
         let token = self.client.cancel_token();
-        let cancelled = match (&connector.tls, self.place.starts_with("socket")) {
-            (Some(tls), false) => timeout(bound, token.cancel_query(tls.clone())).await,
+        let cancelled = match (connector.tls(), self.place.starts_with("socket")) {
+            (Some(tls), false) => timeout(bound, token.cancel_query(tls)).await,
             _ => timeout(bound, token.cancel_query(NoTls)).await,
         };
         tracing::debug!(node = self.node, ?cancelled, "cancel request");
@@ -424,6 +494,57 @@ impl Session {
         }
         result
     }
+}
+
+/// The addresses of a node, of the family wanted; at least one.
+async fn addresses(node: &Node) -> Result<Vec<SocketAddr>, NodeError> {
+    let found = tokio::net::lookup_host((node.host.as_str(), node.port)).await.map_err(|error| {
+        unreachable(node, format!("cannot resolve the name: {error}"), "check node.host and the resolver")
+    })?;
+    let addresses: Vec<SocketAddr> = found.filter(|address| node.family.admits(address.ip())).collect();
+    if addresses.is_empty() {
+        return Err(unreachable(
+            node,
+            "the name has no address of the wanted family".into(),
+            "check node.family and the name's A and AAAA records",
+        ));
+    }
+    Ok(addresses)
+}
+
+/// PostgreSQL's way into TLS: asked for in eight bytes, answered in one.
+const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
+
+/// Has a server present its certificates, and leaves. What they are worth is judged elsewhere.
+async fn present(node: &Node, mut stream: TcpStream) -> Result<Chain, NodeError> {
+    let failed = |message: String| unreachable(node, message, "look into the server's log");
+    let mut answer = [0];
+    let asked = async {
+        stream.write_all(&SSL_REQUEST).await?;
+        stream.read_exact(&mut answer).await
+    };
+    asked.await.map_err(|error| failed(format!("no answer to the request for TLS: {error}")))?;
+    if answer != *b"S" {
+        return Err(unreachable(
+            node,
+            "the server does not offer TLS".into(),
+            "switch ssl on in the server's postgresql.conf; if it is, its certificate could not be loaded: see its log",
+        ));
+    }
+    let prepare = || -> Result<Ssl, openssl::error::ErrorStack> {
+        let mut builder = SslConnector::builder(SslMethod::tls_client())?;
+        builder.set_verify(SslVerifyMode::NONE);
+        let mut settings = builder.build().configure()?;
+        settings.set_verify_hostname(false);
+        settings.into_ssl(&node.host)
+    };
+    let ssl = prepare().map_err(|error| failed(format!("tls: {error}")))?;
+    let mut stream = SslStream::new(ssl, stream).map_err(|error| failed(format!("tls: {error}")))?;
+    Pin::new(&mut stream).connect().await.map_err(|error| failed(format!("tls: {error}")))?;
+    let chain = stream.ssl().peer_cert_chain().map(|chain| chain.iter().map(ToOwned::to_owned).collect());
+    // That nobody says goodbye, the server does not mind.
+    let _ = timeout(Duration::from_millis(100), stream.shutdown()).await;
+    chain.and_then(Chain::of).ok_or_else(|| failed("the server presented no certificate".into()))
 }
 
 fn unreachable(node: &Node, message: String, hint: &str) -> NodeError {

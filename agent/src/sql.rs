@@ -13,6 +13,9 @@ queries! {
     ACTIVE = "active.sql";
     APPLIED = "applied.sql";
     ASSIGN = "assign.sql";
+    CERT_OWN = "cert_own.sql";
+    CERT_SENDER = "cert_sender.sql";
+    CERT_WORKER = "cert_worker.sql";
     CLOCK = "clock.sql";
     CONFLICT = "conflict.sql";
     CONFLICTS = "conflicts.sql";
@@ -33,7 +36,9 @@ queries! {
     NOTIFY = "notify.sql";
     POSITION = "position.sql";
     PUT = "put.sql";
+    RECONNECT = "reconnect.sql";
     REFRESH = "refresh.sql";
+    RELOAD = "reload.sql";
     REMOVE = "remove.sql";
     RESOLVE = "resolve.sql";
     SELF = "self.sql";

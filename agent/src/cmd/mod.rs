@@ -9,7 +9,7 @@ use std::time::Duration;
 use comfy_table::{Attribute, Cell, Table, presets};
 use serde_json::{Map, Value, json};
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Certs, Cli, Command};
 use crate::config::{Config, Node};
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::failure::{Failure, Kind};
@@ -19,6 +19,7 @@ use crate::stop::Signals;
 
 pub mod activate;
 pub mod check;
+pub mod certs;
 pub mod conflicts;
 pub mod down;
 pub mod hop;
@@ -99,9 +100,14 @@ pub async fn run(cli: &Cli) -> ExitCode {
 
 async fn begin(cli: &Cli) -> Result<Reply, Failure> {
     let config = Config::load(&cli.config)?;
-    let connector = Connector::new(&config)?;
     let signals =
         Signals::listen().map_err(|error| Failure::new(Kind::Undone, format!("cannot listen for signals: {error}")))?;
+    if let Command::Certs(Certs::Deploy { lineage, pause_at }) = &cli.command {
+        // Before a connector: the agent's own certificate may be the one that is missing.
+        let order = certs::Order { lineage: lineage.as_deref(), pause_at: pause_at.as_ref() };
+        return certs::deploy(&config, &signals, &order).await;
+    }
+    let connector = Connector::new(&config)?;
     let context = Context { config, connector, signals, json: cli.json };
     let result = match &cli.command {
         Command::Status { watch } => status::run(&context, *watch).await,
@@ -116,6 +122,7 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Watch { once, node } => watch::run(&context, *once, node.as_deref()).await,
         Command::Refresh { dry_run } => refresh::run(&context, *dry_run).await,
         Command::Conflicts(verb) => conflicts::run(&context, verb).await,
+        Command::Certs(_) => Ok(certs::check(&context).await),
     };
     context.connector.farewell().await;
     result

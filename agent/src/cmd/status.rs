@@ -16,6 +16,7 @@ use crate::config::Node;
 use crate::crew::{CONNECT_BOUND, LOOK_BOUND};
 use crate::facts::{self, Direction, Facts, Verdict};
 use crate::failure::{Failure, Kind};
+use crate::inspect::{self, Level};
 use crate::node::NodeError;
 
 /// How long everything about one node may take.
@@ -65,7 +66,9 @@ async fn look(context: &Context, node: &Node) -> Result<Facts, NodeError> {
 
 async fn once(context: &Context) -> Reply {
     let config = &context.config;
-    let results = join_all(config.nodes.iter().map(|node| look(context, node))).await;
+    let looks = join_all(config.nodes.iter().map(|node| look(context, node)));
+    let (results, mut certificates) = futures_util::future::join(looks, inspect::findings(context)).await;
+    certificates.retain(|finding| finding.level >= Level::Warning);
     let (mut facts, mut errors) = (BTreeMap::new(), BTreeMap::new());
     for (node, result) in config.nodes.iter().zip(results) {
         match result {
@@ -77,7 +80,7 @@ async fn once(context: &Context) -> Reply {
     let verdict = facts::verdict(config, &facts, &missing);
     let directions = facts::directions(config, &facts);
     let kind = (!errors.is_empty()).then_some(Kind::Unreachable);
-    let text = text(context, &facts, &errors, &directions, &verdict);
+    let text = text(context, &facts, &errors, &directions, &certificates, &verdict);
     let nodes: Vec<Value> = config
         .nodes
         .iter()
@@ -95,7 +98,7 @@ async fn once(context: &Context) -> Reply {
         .collect();
     let hop = facts.values().filter_map(|f| f.state.as_ref()).find_map(|state| state.hop.clone());
     let json = json!({"command": "status", "nodes": nodes, "replication": directions, "unfinished_hop": hop,
-        "verdict": verdict});
+        "certificates": certificates, "verdict": verdict});
     Reply { text, json, kind }
 }
 
@@ -104,6 +107,7 @@ fn text(
     facts: &BTreeMap<String, Facts>,
     errors: &BTreeMap<String, NodeError>,
     directions: &[Direction],
+    certificates: &[inspect::Finding],
     verdict: &Verdict,
 ) -> String {
     let mut nodes = table(&["node", "state", "since", "by", "why", "writers", "active side"]);
@@ -198,6 +202,9 @@ fn text(
     if sessions.row_count() > 0 {
         text.push('\n');
         text.push_str(&render(&sessions));
+    }
+    for finding in certificates {
+        let _ = write!(text, "\n{} {}: {}\n", finding.subject(), finding.level.word(), finding.text);
     }
     for (name, note) in facts.iter().filter_map(|(n, f)| f.state.as_ref().and_then(|s| s.note()).map(|note| (n, note)))
     {

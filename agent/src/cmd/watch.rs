@@ -1,5 +1,5 @@
 //! `watch`: looks at all nodes again and again, says what is wrong with replication and when it is well again, and hands
-//! open conflicts to whoever resolves them.
+//! open conflicts to whoever resolves them. Certificates are looked at, too, less often.
 //!
 //! Deliberately decides nothing: what is wrong is `watchdog.rs`'s to say, what of it is spoken of `alarm.rs`'s. Each node
 //! has a post, which keeps a session there and is never waited for by the others; a node that cannot be reached is a
@@ -25,9 +25,10 @@ use tokio_postgres::Notification;
 use super::{Context, Reply, hostname, print};
 use crate::alarm::{self, Alarms, Word};
 use crate::condition::Finding;
-use crate::config::{Node, Watch};
+use crate::config::{Config, Node, Watch};
 use crate::crew::{CONNECT_BOUND, Crew, LOOK_BOUND};
 use crate::failure::{Failure, Kind};
+use crate::inspect;
 use crate::node::{NodeError, Session, Trouble};
 use crate::resolve::{self, Attempts};
 use crate::resolver::{self, End, Outcome};
@@ -54,7 +55,7 @@ const MAILBOX: usize = 64;
 pub async fn run(context: &Context, once: bool, node: Option<&str>) -> Result<Reply, Failure> {
     let own = match node {
         Some(name) => Some(context.node(name)?),
-        None => own_node(context),
+        None => own_node(&context.config),
     };
     if once {
         return tokio::select! {
@@ -146,11 +147,11 @@ impl<'a> Hands<'a> {
 }
 
 /// The node of this host: the one that is named as it, or has its name as host.
-fn own_node(context: &Context) -> Option<&Node> {
+pub fn own_node(config: &Config) -> Option<&Node> {
     let name = hostname()?;
     let short = name.split('.').next()?;
     let same = |other: &str| other.eq_ignore_ascii_case(&name) || other.eq_ignore_ascii_case(short);
-    context.config.nodes.iter().find(|node| same(&node.name) || same(&node.host))
+    config.nodes.iter().find(|node| same(&node.name) || same(&node.host))
 }
 
 // ---- the posts ----
@@ -311,6 +312,8 @@ struct Desk<'a> {
     alarms: Alarms,
     views: Views,
     heard: BTreeMap<String, Instant>,
+    /// How certificates were when last looked at.
+    certificates: Vec<inspect::Finding>,
     /// There are open conflicts, since they were last handed over.
     open: bool,
     status: String,
@@ -329,6 +332,7 @@ impl<'a> Desk<'a> {
             alarms: Alarms::default(),
             views: Views::new(),
             heard: BTreeMap::new(),
+            certificates: Vec::new(),
             open: false,
             status: String::new(),
         }
@@ -342,6 +346,9 @@ impl<'a> Desk<'a> {
         let mut ready = false;
         let mut hands = Some(Hands::new(self.context, self.own).await);
         let mut at_work: AtWork<'a> = None;
+        let mut certificate_looks = interval(self.context.config.watch.certificates);
+        certificate_looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looking: Option<Pin<Box<dyn Future<Output = Vec<inspect::Finding>> + 'a>>> = None;
         loop {
             tokio::select! {
                 Some(report) = inbox.recv() => {
@@ -353,6 +360,10 @@ impl<'a> Desk<'a> {
                     }
                 }
                 _ = looks.tick(), if ready => self.judge(),
+                _ = certificate_looks.tick(), if ready && looking.is_none() => {
+                    looking = Some(Box::pin(inspect::findings(self.context)));
+                }
+                found = work(&mut looking) => (self.certificates, looking) = (found, None),
                 idle = work(&mut at_work) => (hands, at_work) = (Some(idle), None),
                 () = tick(&mut alive) => if self.posts_report() {
                     supervisor(&[NotifyState::Watchdog]);
@@ -395,7 +406,10 @@ impl<'a> Desk<'a> {
     fn judge(&mut self) {
         let now = self.began.elapsed();
         let clock = SystemTime::now();
-        let findings = self.watchdog.look(now, &self.views);
+        let mut findings = self.watchdog.look(now, &self.views);
+        let (present, unknown) = inspect::troubles(&self.certificates);
+        findings.present.extend(present);
+        findings.unknown.extend(unknown);
         for event in self.alarms.hear(now, findings) {
             let text = event.text(clock);
             match event.word {
@@ -447,7 +461,7 @@ fn time(clock: SystemTime) -> String {
 type AtWork<'a> = Option<Pin<Box<dyn Future<Output = Hands<'a>> + 'a>>>;
 
 /// Goes on with what is at work, if anything is.
-async fn work<'a>(at_work: &mut AtWork<'a>) -> Hands<'a> {
+async fn work<T>(at_work: &mut Option<Pin<Box<dyn Future<Output = T> + '_>>>) -> T {
     match at_work {
         Some(work) => work.await,
         None => pending().await,
@@ -476,12 +490,14 @@ async fn report(context: &Context) -> Reply {
     let mut watchdog = Watchdog::new(&context.config, patience);
     let mut posts: Vec<Post<'_>> = context.config.nodes.iter().map(|node| Post::new(context, node)).collect();
     let began = Instant::now();
+    let (certificates, _) = inspect::troubles(&inspect::findings(context).await);
     let mut looks = LOOKS_TO_MEND;
     loop {
         let views = join_all(posts.iter_mut().map(|post| async { (post.node.name.clone(), post.look(false).await) }));
-        let findings = watchdog.look(began.elapsed(), &views.await.into_iter().collect());
+        let mut findings = watchdog.look(began.elapsed(), &views.await.into_iter().collect());
         looks -= 1;
         if looks == 0 || (findings.present.is_empty() && findings.unknown.is_empty()) {
+            findings.present.extend(certificates);
             return reply(&findings.present, &watchdog.gauges().cloned().collect::<Vec<_>>());
         }
         sleep(interval).await;

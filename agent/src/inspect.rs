@@ -1,0 +1,364 @@
+//! How all certificates in use stand: as files of this host, as served by every node, as presented by every subscription.
+//!
+//! [`findings`] asks; [`judge`] is pure. Deliberately reads nothing that its user may not: what a file says that belongs to
+//! another user is known from the note of its deployment.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use futures_util::future::join_all;
+use serde::Serialize;
+use tokio::time::timeout;
+
+use crate::certs::{self, ALARM_DAYS, Chain, Facts, Pair, Term};
+use crate::cmd::Context;
+use crate::cmd::watch::own_node;
+use crate::condition::{self, Condition, Subject};
+use crate::config::{Certificate, Config, Node, TlsMode, Use};
+use crate::crew::{CONNECT_BOUND, LOOK_BOUND};
+use crate::node::{Handshake, NodeError};
+use crate::renewal::{self, Note, Outcome};
+use crate::sql;
+
+/// How long everything about one node may take.
+const NODE_BOUND: Duration = Duration::from_secs(8);
+
+/// How something stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// Nothing to do.
+    Well,
+    /// It cannot be seen from here.
+    Unknown,
+    /// Somebody should look.
+    Warning,
+    /// Something fails, or soon will.
+    Error,
+}
+
+impl Level {
+    /// For people.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Well => "well",
+            Self::Unknown => "not known",
+            Self::Warning => "warning",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// One certificate in one place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// The node that it belongs to.
+    pub node: String,
+    /// Which one: the same at every look.
+    pub what: String,
+    /// How it stands.
+    pub level: Level,
+    /// Why; empty if it is well.
+    pub text: String,
+    /// What it says, if that is known.
+    pub certificate: Option<Facts>,
+}
+
+impl Finding {
+    /// For the watchdog: what it is the matter with.
+    pub fn subject(&self) -> Subject {
+        Subject::Certificate { node: self.node.clone(), certificate: self.what.clone() }
+    }
+}
+
+/// What of it is the watchdog's business: errors, and what is neither known to be well nor to be one. Warnings can wait for
+/// somebody to look.
+pub fn troubles(findings: &[Finding]) -> (Vec<condition::Finding>, Vec<Subject>) {
+    let errors = findings.iter().filter(|finding| finding.level == Level::Error).map(|finding| condition::Finding {
+        subject: finding.subject(),
+        condition: Condition::Certificate { trouble: finding.text.clone() },
+        age: Duration::ZERO,
+    });
+    let unknown = findings.iter().filter(|finding| finding.level == Level::Unknown);
+    (errors.collect(), unknown.map(Finding::subject).collect())
+}
+
+/// What has been seen of one node.
+#[derive(Default)]
+pub struct Sight {
+    /// What its server presents; none if it is not running. An error if it cannot be asked.
+    served: Option<Result<Chain, String>>,
+    /// What its subscriptions have presented, by the publisher's name; none if they were not asked.
+    presented: BTreeMap<String, Option<String>>,
+}
+
+/// What has been seen of one place of the configuration.
+pub struct File<'a> {
+    entry: &'a Certificate,
+    /// The node whose host this is.
+    node: Option<&'a str>,
+    /// What is there: none if it may not be read; an error if it is no pair.
+    chain: Option<Result<Chain, String>>,
+}
+
+/// Looks at everything. Takes as long as the slowest node, within bounds.
+pub async fn findings(context: &Context) -> Vec<Finding> {
+    let config = &context.config;
+    let sights = join_all(config.nodes.iter().map(|node| async {
+        let sight = timeout(NODE_BOUND, look(context, node)).await;
+        (
+            node.name.as_str(),
+            sight.unwrap_or_else(|_| Sight { served: Some(Err("no answer".into())), ..Sight::default() }),
+        )
+    }));
+    let sights: BTreeMap<&str, Sight> = sights.await.into_iter().collect();
+    let own = own_node(config).map(|node| node.name.as_str());
+    let notes = notes(config);
+    // Of a configuration that hosts share, only what is this one's.
+    let here = |entry: &Certificate| match (&entry.node, own) {
+        (Some(node), Some(own)) => node == own,
+        (None, _) => true,
+        (Some(_), None) => notes.iter().any(|note| note.lineage == entry.lineage),
+    };
+    let files: Vec<File<'_>> = config
+        .certificates
+        .iter()
+        .filter(|entry| here(entry))
+        .map(|entry| File { entry, node: entry.node.as_deref().or(own), chain: read(entry) })
+        .collect();
+    let root = config.tls.root.as_deref().and_then(|path| std::fs::read(path).ok());
+    judge(config, &sights, &files, &notes, root.as_deref(), now())
+}
+
+/// The notes of this host's deployments, but for one that is under way.
+fn notes(config: &Config) -> Vec<Note> {
+    let lineages: BTreeSet<&str> = config.certificates.iter().map(|entry| entry.lineage.as_str()).collect();
+    let under_way = renewal::is_under_way(&config.state);
+    let notes = lineages.into_iter().filter_map(|lineage| renewal::read(&config.state, lineage));
+    notes.filter(|note| !(under_way && note.outcome == Outcome::Unfinished)).collect()
+}
+
+async fn look(context: &Context, node: &Node) -> Sight {
+    let config = &context.config;
+    let mut sight = Sight::default();
+    if config.tls.mode != TlsMode::Disable || config.replication.mode != TlsMode::Disable {
+        sight.served = match context.connector.handshake(node, CONNECT_BOUND).await {
+            Ok(Handshake::Served(chain)) => Some(Ok(chain)),
+            Ok(Handshake::NotRunning) => None,
+            Err(error) => Some(Err(error.message)),
+        };
+    }
+    match presented(context, node).await {
+        Ok(presented) => sight.presented = presented,
+        Err(error) => tracing::debug!(%error, "what subscriptions presented is not known"),
+    }
+    sight
+}
+
+/// What the publishers of a node's subscriptions say that these have presented.
+async fn presented(context: &Context, node: &Node) -> Result<BTreeMap<String, Option<String>>, NodeError> {
+    let config = &context.config;
+    let session = context.connector.connect(node, CONNECT_BOUND).await?;
+    let mut presented = BTreeMap::new();
+    for source in config.nodes.iter().filter(|source| source.name != node.name) {
+        let subscription = config.subscription_to(&source.name);
+        let rows = session.rows(sql::CERT_WORKER, &[&subscription], LOOK_BOUND).await?;
+        let Some(slot) = rows.first().and_then(|row| row.get::<_, Option<String>>("slot")) else { continue };
+        let Ok(peer) = context.connector.connect(source, CONNECT_BOUND).await else { continue };
+        let rows = peer.rows(sql::CERT_SENDER, &[&slot], LOOK_BOUND).await?;
+        if let Some(row) = rows.first() {
+            let serial = row.get::<_, Option<String>>("serial").and_then(|text| certs::serial_of_decimal(&text));
+            presented.insert(source.name.clone(), serial);
+        }
+    }
+    Ok(presented)
+}
+
+fn read(entry: &Certificate) -> Option<Result<Chain, String>> {
+    let file = |path: &Path| match std::fs::read(path) {
+        Ok(content) => Some(Ok(content)),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
+        Err(error) => Some(Err(format!("cannot read {}: {error}", path.display()))),
+    };
+    let cert = match file(&entry.cert)? {
+        Ok(cert) => cert,
+        Err(error) => return Some(Err(error)),
+    };
+    Some(match file(&entry.key) {
+        None => Chain::read(&cert),
+        Some(Ok(key)) => Pair::read(cert, key).map(|pair| pair.chain),
+        Some(Err(error)) => Err(error),
+    })
+}
+
+/// Says how everything stands that has been seen.
+pub fn judge(
+    config: &Config,
+    sights: &BTreeMap<&str, Sight>,
+    files: &[File<'_>],
+    notes: &[Note],
+    root: Option<&[u8]>,
+    now: i64,
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for node in &config.nodes {
+        let Some(sight) = sights.get(node.name.as_str()) else { continue };
+        served(config, node, sight, root, now, &mut findings);
+        for source in config.nodes.iter().filter(|source| source.name != node.name) {
+            let serial = sight.presented.get(&source.name).map(Option::as_deref);
+            findings.push(client(node, &source.name, serial, sight, files, now));
+        }
+    }
+    for file in files {
+        let note = notes.iter().find(|note| note.lineage == file.entry.lineage);
+        let served = file.node.and_then(|node| sights.get(node)).and_then(|sight| sight.served.as_ref());
+        findings.push(on_disk(file, note, served.and_then(|served| served.as_ref().ok()), root, now));
+    }
+    for note in notes {
+        let failed = match &note.outcome {
+            Outcome::Deployed => continue,
+            Outcome::Unfinished => "it was cut off; run it again".to_owned(),
+            Outcome::Failed { why } => why.clone(),
+        };
+        let mut nodes = files.iter().filter(|file| file.entry.lineage == note.lineage).filter_map(|file| file.node);
+        let when = if note.began > 0 { format!(" of {}", certs::date(note.began)) } else { String::new() };
+        findings.push(Finding {
+            node: nodes.next().unwrap_or_default().to_owned(),
+            what: format!("deployment of {}", note.lineage),
+            level: Level::Error,
+            text: format!("certificate deployment{when} failed: {failed}"),
+            certificate: None,
+        });
+    }
+    findings
+}
+
+fn served(config: &Config, node: &Node, sight: &Sight, root: Option<&[u8]>, now: i64, findings: &mut Vec<Finding>) {
+    let finding = |what: &str, (level, text): (Level, String), certificate: Option<Facts>| Finding {
+        node: node.name.clone(),
+        what: what.to_owned(),
+        level,
+        text,
+        certificate,
+    };
+    let chain = match &sight.served {
+        None => return findings.push(finding("server", (Level::Unknown, "not running".into()), None)),
+        Some(Err(error)) => return findings.push(finding("server", (Level::Unknown, error.clone()), None)),
+        Some(Ok(chain)) => chain,
+    };
+    let facts = chain.facts();
+    let mut stand = vec![lasts(&facts, now)];
+    let wanted = certs::names_of(config, node);
+    let missing = certs::uncovered(&facts.names, &wanted);
+    if !missing.is_empty() {
+        stand.push((Level::Error, format!("not issued for {}", missing.join(", "))));
+    }
+    let anchor = root.map(|root| chain.anchor(root, Some(Use::Server), true));
+    match &anchor {
+        Some(Err(error)) => stand.push((Level::Error, unverified(&facts, error))),
+        Some(Ok(anchor)) => {
+            if let Some(root) = Chain::of(vec![anchor.clone()]) {
+                let mut facts = root.facts();
+                let name = certs::name_text(anchor.subject_name());
+                facts.names = vec![name.clone()];
+                findings.push(finding(&format!("root {name}"), lasts(&facts, now), Some(facts)));
+            }
+        }
+        None => {}
+    }
+    findings.push(finding("server", all(stand), Some(facts)));
+}
+
+fn unverified(facts: &Facts, error: &str) -> String {
+    format!("signed by {}, which the root does not verify: {error}", facts.issuer)
+}
+
+/// What a subscription has connected with. Servers tell its serial number only; how long it lasts is known where the same
+/// certificate is seen elsewhere.
+fn client(
+    node: &Node,
+    source: &str,
+    presented: Option<Option<&str>>,
+    sight: &Sight,
+    files: &[File<'_>],
+    now: i64,
+) -> Finding {
+    let what = format!("subscription from {source}");
+    let Some(serial) = presented else {
+        let text = format!("not connected, or {source} cannot be asked");
+        return Finding { node: node.name.clone(), what, level: Level::Unknown, text, certificate: None };
+    };
+    let own = |file: &&File<'_>| file.node == Some(&node.name) && file.entry.uses.contains(&Use::Replication);
+    let on_disk = files.iter().find(own).and_then(|file| file.chain.as_ref()?.as_ref().ok()).map(Chain::facts);
+    let served = sight.served.as_ref().and_then(|served| served.as_ref().ok()).map(Chain::facts);
+    let certificate = [&on_disk, &served].into_iter().flatten().find(|facts| Some(facts.serial.as_str()) == serial);
+    let (level, text) = match (serial, &on_disk, certificate) {
+        (None, ..) => (Level::Well, format!("{source} asks for no certificate")),
+        (Some(serial), Some(file), _) if file.serial != serial => {
+            (Level::Error, format!("reload pending: connected with serial {serial}, the file has {}", file.serial))
+        }
+        (Some(_), _, Some(facts)) => lasts(facts, now),
+        (Some(serial), ..) => (Level::Well, format!("serial {serial}; until when cannot be seen from here")),
+    };
+    Finding { node: node.name.clone(), what, level, text, certificate: certificate.cloned() }
+}
+
+fn on_disk(file: &File<'_>, note: Option<&Note>, served: Option<&Chain>, root: Option<&[u8]>, now: i64) -> Finding {
+    let finding = |(level, text): (Level, String), certificate: Option<Facts>| Finding {
+        node: file.node.unwrap_or_default().to_owned(),
+        what: format!("file {}", file.entry.cert.display()),
+        level,
+        text,
+        certificate,
+    };
+    let facts = match (&file.chain, note) {
+        (Some(Err(error)), _) => return finding((Level::Error, error.clone()), None),
+        (Some(Ok(chain)), _) => chain.facts(),
+        (None, Some(Note { certificate: Some(facts), .. })) => facts.clone(),
+        (None, _) => {
+            let text = "it may not be read by this user, and has not been deployed yet".into();
+            return finding((Level::Unknown, text), None);
+        }
+    };
+    let mut stand = vec![lasts(&facts, now)];
+    if let (Some(Ok(chain)), Some(root)) = (&file.chain, root.filter(|_| file.entry.root.is_none()))
+        && let Err(error) = chain.anchor(root, None, true)
+    {
+        stand.push((Level::Error, unverified(&facts, &error)));
+    }
+    if let Some(served) = served.map(Chain::facts).filter(|_| file.entry.uses.contains(&Use::Server))
+        && served.serial != facts.serial
+    {
+        let newer = facts.not_before > served.not_before;
+        let why = if newer { "reload pending" } else { "not the file's" };
+        stand.push((Level::Error, format!("{why}: the server presents serial {}", served.serial)));
+    }
+    finding(all(stand), Some(facts))
+}
+
+fn lasts(facts: &Facts, now: i64) -> (Level, String) {
+    let (level, left) = match certs::term(facts, now) {
+        Term::Well => return (Level::Well, String::new()),
+        Term::Early => return (Level::Error, format!("not valid before {}", certs::date(facts.not_before))),
+        Term::Expired => return (Level::Error, format!("expired on {}", certs::date(facts.not_after))),
+        Term::Warning(days) => (Level::Warning, days),
+        Term::Alarm(days) => (Level::Error, days),
+    };
+    let days = if left == 1 { "day" } else { "days" };
+    let urge = if left < ALARM_DAYS { ", and nobody has renewed it" } else { "" };
+    (level, format!("expires in {left} {days}{urge}"))
+}
+
+/// The worst, and all the words.
+fn all(stand: Vec<(Level, String)>) -> (Level, String) {
+    let level = stand.iter().map(|(level, _)| *level).max().unwrap_or(Level::Well);
+    let texts: Vec<String> = stand.into_iter().map(|(_, text)| text).filter(|text| !text.is_empty()).collect();
+    (level, texts.join("; "))
+}
+
+fn now() -> i64 {
+    let since = SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
