@@ -18,6 +18,8 @@ grant execute on function multihome.put(bigint, jsonb) to {role};
 grant execute on function multihome.settle(bigint, text, text) to {role};
 grant execute on function multihome.note(bigint, text) to {role};
 grant execute on function multihome.restart_apply(text) to {role};
+grant execute on function multihome.reconnect(text) to {role};
+grant execute on function pg_catalog.pg_reload_conf() to {role};
 grant execute on function pg_catalog.pg_hba_file_rules() to {role};
 grant select on table multihome.conflicts to {role};
 grant select on table multihome.faults to {role};

@@ -121,7 +121,7 @@ pub async fn try_each(host: &str, port: u16) -> Result<Vec<(SocketAddr, Answer)>
         }
     };
     let answers = addresses.into_iter().map(|address| async move {
-        let answer = match timeout(ADDRESS_BOUND, tokio::net::TcpStream::connect(address)).await {
+        let answer = match timeout(ADDRESS_BOUND, TcpStream::connect(address)).await {
             Ok(Ok(_)) => Answer::Listens,
             Ok(Err(error)) => Answer::Refuses(error.to_string()),
             Err(_) => Answer::Silent,

@@ -1,12 +1,19 @@
 //! The only file that opens connections to servers.
 
-use std::{future::poll_fn, path::PathBuf, time::Duration};
+use std::{
+    future::poll_fn,
+    io::{Read as _, Write as _},
+    net::{TcpStream, ToSocketAddrs as _},
+    path::PathBuf,
+    time::Duration,
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow, ensure};
+use openssl::ssl::{SslConnector, SslMethod, SslVerifyMode};
 use tokio::sync::mpsc;
 use tokio_postgres::{AsyncMessage, Client, Config, Connection, NoTls, Notification, config::SslMode};
 
-use crate::authority::Authority;
+use crate::authority::{Authority, serial};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -57,6 +64,27 @@ impl Endpoint {
         let (client, connection) =
             config.connect(NoTls).await.with_context(|| format!("as superuser to port {}", self.port))?;
         Ok(drive(client, connection).client)
+    }
+
+    /// The serial number, hexadecimal, of the certificate that the server presents to whoever comes.
+    pub async fn presented_serial(&self) -> Result<String> {
+        let port = self.port;
+        tokio::task::spawn_blocking(move || {
+            let address = ("127.0.0.1", port).to_socket_addrs()?.next().context("no address")?;
+            let mut stream = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)?;
+            stream.set_read_timeout(Some(CONNECT_TIMEOUT))?;
+            // PostgreSQL's way into TLS.
+            stream.write_all(&[0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f])?;
+            let mut answer = [0];
+            stream.read_exact(&mut answer)?;
+            ensure!(answer == *b"S", "no TLS on port {port}");
+            let mut connector = SslConnector::builder(SslMethod::tls_client())?;
+            connector.set_verify(SslVerifyMode::NONE);
+            let stream = connector.build().connect("localhost", stream).map_err(|error| anyhow!("{error}"))?;
+            let certificate = stream.ssl().peer_certificate().context("no certificate")?;
+            serial(&certificate)
+        })
+        .await?
     }
 
     fn config(&self, role: &str, database: &str, application: &str) -> Config {

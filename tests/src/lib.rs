@@ -32,7 +32,7 @@ pub mod server;
 pub mod wait;
 pub mod workload;
 
-pub use authority::Authority;
+pub use authority::{Authority, Identity};
 pub use cluster::{AgentOutput, Cluster, ClusterBuilder, Hopped};
 pub use endpoint::{Endpoint, Listener};
 pub use host::Host;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 mod agent;
 mod answers;
+mod certs;
 mod check;
 mod conflicts;
 mod contract;

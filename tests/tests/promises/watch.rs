@@ -107,7 +107,7 @@ impl Watch {
     }
 
     /// Waits until something with all these words is notified on the node; returns it.
-    async fn hear(&self, node: &str, words: &[&str]) -> Result<String> {
+    pub async fn hear(&self, node: &str, words: &[&str]) -> Result<String> {
         wait_until(&format!("{words:?} on {node}"), PATIENCE, || async {
             Ok(self.on(node).into_iter().find(|text| words.iter().all(|word| text.contains(word))))
         })
