@@ -307,7 +307,7 @@ fn names(certificate: &X509Ref) -> Vec<String> {
     }
     if names.is_empty() {
         let common = certificate.subject_name().entries_by_nid(Nid::COMMONNAME).next();
-        names.extend(common.and_then(|entry| Some(entry.data().to_string().ok()?)));
+        names.extend(common.and_then(|entry| entry.data().to_string().ok()));
     }
     names
 }

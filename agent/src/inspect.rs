@@ -205,7 +205,7 @@ pub fn judge(
     let mut findings = Vec::new();
     for node in &config.nodes {
         let Some(sight) = sights.get(node.name.as_str()) else { continue };
-        served(config, node, sight, root, now, &mut findings);
+        findings.extend(served(config, node, sight, files, root, now));
         for source in config.nodes.iter().filter(|source| source.name != node.name) {
             let serial = sight.presented.get(&source.name).map(Option::as_deref);
             findings.push(client(node, &source.name, serial, sight, files, now));
@@ -235,7 +235,16 @@ pub fn judge(
     findings
 }
 
-fn served(config: &Config, node: &Node, sight: &Sight, root: Option<&[u8]>, now: i64, findings: &mut Vec<Finding>) {
+/// What a server presents, and the root that this leads to.
+fn served(
+    config: &Config,
+    node: &Node,
+    sight: &Sight,
+    files: &[File<'_>],
+    root: Option<&[u8]>,
+    now: i64,
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
     let finding = |what: &str, (level, text): (Level, String), certificate: Option<Facts>| Finding {
         node: node.name.clone(),
         what: what.to_owned(),
@@ -244,13 +253,17 @@ fn served(config: &Config, node: &Node, sight: &Sight, root: Option<&[u8]>, now:
         certificate,
     };
     let chain = match &sight.served {
-        None => return findings.push(finding("server", (Level::Unknown, "not running".into()), None)),
-        Some(Err(error)) => return findings.push(finding("server", (Level::Unknown, error.clone()), None)),
+        None => return vec![finding("server", (Level::Unknown, "not running".into()), None)],
+        Some(Err(error)) => return vec![finding("server", (Level::Unknown, error.clone()), None)],
         Some(Ok(chain)) => chain,
     };
     let facts = chain.facts();
     let mut stand = vec![lasts(&facts, now)];
-    let wanted = certs::names_of(config, node);
+    let entries = config.certificates.iter().map(|entry| (entry.node.as_deref(), entry));
+    let own = entries.chain(files.iter().map(|file| (file.node, file.entry)));
+    let configured = own.filter(|(of, entry)| *of == Some(&node.name) && entry.uses.contains(&Use::Server));
+    let wanted = configured.filter_map(|(_, entry)| entry.names.clone()).next();
+    let wanted = wanted.unwrap_or_else(|| certs::names_of(config, node));
     let missing = certs::uncovered(&facts.names, &wanted);
     if !missing.is_empty() {
         stand.push((Level::Error, format!("not issued for {}", missing.join(", "))));
@@ -269,6 +282,7 @@ fn served(config: &Config, node: &Node, sight: &Sight, root: Option<&[u8]>, now:
         None => {}
     }
     findings.push(finding("server", all(stand), Some(facts)));
+    findings
 }
 
 fn unverified(facts: &Facts, error: &str) -> String {
