@@ -38,6 +38,7 @@ pub use endpoint::{Endpoint, Listener};
 pub use host::Host;
 pub use postgres::Installation;
 pub use proxy::Proxy;
+pub use scratch::Port;
 pub use server::{Backup, Server, ServerBuilder, Shutdown};
 pub use wait::wait_until;
 pub use workload::{Report, Rows, Verdict, Workload, WorkloadOptions};

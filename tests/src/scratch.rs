@@ -98,13 +98,15 @@ impl Drop for Scratch {
 /// A port of 127.0.0.1 that nobody else who asks here has: the file lock keeps test processes apart, binding it keeps
 /// away from strangers.
 #[derive(Debug)]
-pub(crate) struct Port {
+pub struct Port {
+    /// Its number.
     pub number: u16,
     path: PathBuf,
     _lock: File,
 }
 
 impl Port {
+    /// The next one that is free.
     pub fn take() -> Result<Self> {
         static NEXT: AtomicU16 = AtomicU16::new(0);
         let folder = base()?.join("ports");

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 mod agent;
 mod answers;
+mod certbot;
 mod certs;
 mod check;
 mod conflicts;
