@@ -342,7 +342,7 @@ pub fn date(seconds: i64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use openssl::ec::{EcGroup, EcKey};
     use openssl::hash::MessageDigest;
@@ -353,12 +353,11 @@ mod tests {
     use openssl::x509::{X509Builder, X509NameBuilder};
     use proptest::prelude::*;
 
-    /// A whole number of days after 2001-09-09; certificates are judged at this moment where time matters.
-    fn now() -> i64 {
+    pub(crate) fn now() -> i64 {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs().try_into().unwrap()
     }
 
-    fn elliptic() -> PKey<Private> {
+    pub(crate) fn elliptic() -> PKey<Private> {
         let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1).unwrap();
         PKey::from_ec_key(EcKey::generate(&group).unwrap()).unwrap()
     }
@@ -367,10 +366,10 @@ mod tests {
         PKey::from_rsa(Rsa::generate(2048).unwrap()).unwrap()
     }
 
-    struct Authority {
+    pub(crate) struct Authority {
         name: &'static str,
         key: PKey<Private>,
-        certificate: X509,
+        pub(crate) certificate: X509,
     }
 
     fn name(text: &str) -> openssl::x509::X509Name {
@@ -403,7 +402,7 @@ mod tests {
     }
 
     impl Authority {
-        fn new(name: &'static str) -> Self {
+        pub(crate) fn new(name: &'static str) -> Self {
             let key = elliptic();
             let certificate = Self::sign_authority(name, &key, (name, &key));
             Self { name, key, certificate }
@@ -420,7 +419,7 @@ mod tests {
             Self::sign_authority(self.name, &self.key, (other.name, &other.key))
         }
 
-        fn issue(&self, key: &PKey<Private>, names: &[&str], from: i64, to: i64, client: bool) -> X509 {
+        pub(crate) fn issue(&self, key: &PKey<Private>, names: &[&str], from: i64, to: i64, client: bool) -> X509 {
             certificate("leaf", key, (self.name, &self.key), from, to, |builder| {
                 let mut alternative = SubjectAlternativeName::new();
                 for name in names {

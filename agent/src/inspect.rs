@@ -76,11 +76,20 @@ impl Finding {
 /// What of it is the watchdog's business: errors, and what is neither known to be well nor to be one. Warnings can wait for
 /// somebody to look.
 pub fn troubles(findings: &[Finding]) -> (Vec<condition::Finding>, Vec<Subject>) {
-    let errors = findings.iter().filter(|finding| finding.level == Level::Error).map(|finding| condition::Finding {
-        subject: finding.subject(),
-        condition: Condition::Certificate { trouble: finding.text.clone() },
-        age: Duration::ZERO,
-    });
+    let mut told = BTreeSet::new();
+    let errors = findings
+        .iter()
+        .filter(|finding| finding.level == Level::Error)
+        // One certificate may be in several places; what is the matter with it is said once.
+        .filter(|finding| match &finding.certificate {
+            Some(facts) => told.insert((&finding.node, &facts.serial, &finding.text)),
+            None => true,
+        })
+        .map(|finding| condition::Finding {
+            subject: finding.subject(),
+            condition: Condition::Certificate { trouble: finding.text.clone() },
+            age: Duration::ZERO,
+        });
     let unknown = findings.iter().filter(|finding| finding.level == Level::Unknown);
     (errors.collect(), unknown.map(Finding::subject).collect())
 }
@@ -375,4 +384,171 @@ fn all(stand: Vec<(Level, String)>) -> (Level, String) {
 fn now() -> i64 {
     let since = SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::certs::tests::{Authority, elliptic, now};
+    use crate::config::Environment;
+
+    const DAY: i64 = 86_400;
+
+    fn config() -> Config {
+        let text = "
+            [[node]]
+            name = 'a'
+            host = 'a.net'
+            [[node]]
+            name = 'b'
+            host = 'b.net'
+            [[certificate]]
+            lineage = 'a.net'
+            use = ['server', 'replication']
+            node = 'a'
+            cert = '/etc/c.pem'
+            key = '/etc/k.pem'
+        ";
+        Config::parse(text, &Environment { variable: &|_| None, os_user: Some("os".into()) }).unwrap()
+    }
+
+    struct Case {
+        root: Authority,
+        served: Chain,
+        presented: Option<Option<String>>,
+        file: Option<Result<Chain, String>>,
+        notes: Vec<Note>,
+    }
+
+    fn chain(authority: &Authority, names: &[&str], from: i64, days: i64) -> Chain {
+        let leaf = authority.issue(&elliptic(), names, now() + from, now() + days * DAY + 60, true);
+        Chain::of(vec![leaf]).unwrap()
+    }
+
+    impl Case {
+        /// All is well.
+        fn new() -> Self {
+            let root = Authority::new("root");
+            let served = chain(&root, &["a.net"], -60, 90);
+            let (presented, file) = (Some(Some(served.facts().serial)), Some(Ok(served.clone())));
+            Self { root, served, presented, file, notes: Vec::new() }
+        }
+
+        /// What is not well of node a, by its name: level and text.
+        fn judge(&self) -> Vec<(String, Level, String)> {
+            let config = config();
+            let presented = self.presented.iter().map(|serial| ("b".to_owned(), serial.clone())).collect();
+            let sight = Sight { served: Some(Ok(self.served.clone())), presented };
+            let files = [File { entry: &config.certificates[0], node: Some("a"), chain: self.file.clone() }];
+            let root = self.root.certificate.to_pem().unwrap();
+            let sights = BTreeMap::from([("a", sight)]);
+            let findings = judge(&config, &sights, &files, &self.notes, Some(&root), now());
+            let bad = findings.into_iter().filter(|finding| finding.level != Level::Well);
+            bad.map(|finding| (finding.what, finding.level, finding.text)).collect()
+        }
+    }
+
+    #[track_caller]
+    fn assert_says(case: &Case, expected: &[(&str, Level, &str)]) {
+        let found = case.judge();
+        let fits = found.len() == expected.len()
+            && found
+                .iter()
+                .zip(expected)
+                .all(|((what, level, text), (a, b, c))| what == a && level == b && text.contains(c));
+        assert!(fits, "expected {expected:#?}, found {found:#?}");
+    }
+
+    #[test]
+    fn a_certificate_that_is_in_use_everywhere_is_well() {
+        assert_says(&Case::new(), &[]);
+    }
+
+    #[test]
+    fn each_trouble_is_told_where_it_is() {
+        let newer = |case: &Case| chain(&case.root, &["a.net"], -1, 90);
+        let mut case = Case::new();
+        case.file = Some(Ok(newer(&case)));
+        assert_says(
+            &case,
+            &[
+                ("subscription from b", Level::Error, "reload pending: connected with serial"),
+                ("file /etc/c.pem", Level::Error, "reload pending: the server presents"),
+            ],
+        );
+        let mut case = Case::new();
+        case.served = chain(&Authority::new("next"), &["a.net"], -60, 90);
+        case.file = None;
+        case.presented = None;
+        assert_says(
+            &case,
+            &[
+                ("server", Level::Error, "signed by next, which the root does not verify"),
+                ("subscription from b", Level::Unknown, "not connected"),
+                ("file /etc/c.pem", Level::Unknown, "may not be read"),
+            ],
+        );
+        let mut case = Case::new();
+        case.served = chain(&case.root, &["b.net"], -60, 90);
+        case.file = Some(Err("the key does not belong to the certificate".into()));
+        assert_says(
+            &case,
+            &[("server", Level::Error, "not issued for a.net"), ("file /etc/c.pem", Level::Error, "does not belong")],
+        );
+    }
+
+    #[test]
+    fn the_end_is_told_of_every_place_that_it_is_known_of() {
+        for (days, level) in [(15, Level::Warning), (5, Level::Error), (-1, Level::Error)] {
+            let mut case = Case::new();
+            case.served = chain(&case.root, &["a.net"], -20 * DAY, days);
+            case.presented = Some(Some(case.served.facts().serial));
+            case.file = Some(Ok(case.served.clone()));
+            let text = if days > 0 { format!("expires in {days} days") } else { "expired on".into() };
+            assert_says(
+                &case,
+                &[("server", level, &text), ("subscription from b", level, &text), ("file /etc/c.pem", level, &text)],
+            );
+        }
+    }
+
+    #[test]
+    fn the_watchdog_hears_of_errors_once_and_of_no_warnings() {
+        let finding = |what: &str, level| Finding {
+            node: "a".into(),
+            what: what.into(),
+            level,
+            text: "expires in 5 days".into(),
+            certificate: Some(chain(&Authority::new("root"), &["a.net"], -60, 90).facts()),
+        };
+        let server = finding("server", Level::Error);
+        let file = Finding { what: "file".into(), ..server.clone() };
+        let another = finding("another", Level::Error);
+        let others = [finding("warned of", Level::Warning), finding("unseen", Level::Unknown)];
+        let all = [&[server.clone(), file, another.clone()][..], &others].concat();
+        let (present, unknown) = troubles(&all);
+        let subjects: Vec<Subject> = present.into_iter().map(|finding| finding.subject).collect();
+        assert_eq!(subjects, [server.subject(), another.subject()]);
+        assert_eq!(unknown, [others[1].subject()]);
+    }
+
+    #[test]
+    fn a_note_stands_for_a_file_that_may_not_be_read_and_for_what_failed() {
+        let mut case = Case::new();
+        let newer = chain(&case.root, &["a.net"], -1, 90).facts();
+        case.file = None;
+        let note = |outcome| Note { lineage: "a.net".into(), began: 7, outcome, certificate: Some(newer.clone()) };
+        case.notes = vec![note(Outcome::Deployed)];
+        assert_says(&case, &[("file /etc/c.pem", Level::Error, "reload pending")]);
+        for (outcome, text) in [
+            (Outcome::Failed { why: "the disk is full".into() }, "failed: the disk is full"),
+            (Outcome::Unfinished, "it was cut off"),
+        ] {
+            case.notes = vec![note(outcome)];
+            assert_says(
+                &case,
+                &[("file /etc/c.pem", Level::Error, "reload pending"), ("deployment of a.net", Level::Error, text)],
+            );
+        }
+    }
 }

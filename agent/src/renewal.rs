@@ -4,12 +4,16 @@
 //! A note is written before anything is done and completed at the end, so that one which was killed has left one that says so.
 //! It says nothing that a certificate does not tell everybody. Deliberately decides nothing.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::fcntl::{self, OFlag};
+use nix::sys::stat::{Mode, fchmod, mkdirat};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
@@ -17,6 +21,8 @@ use crate::certs::Facts;
 
 /// Where, under the directory of what the agent remembers.
 const FOLDER: &str = "certificates";
+/// Held by whoever deploys.
+const LOCK: &str = "lock";
 /// How long another deployment is waited for.
 const LOCK_BOUND: Duration = Duration::from_secs(120);
 /// Between two attempts to take the lock.
@@ -60,11 +66,10 @@ pub struct Ledger {
 impl Ledger {
     /// Waits for other deployments to end, and begins a note.
     pub async fn begin(state: &Path, lineage: &str, began: i64) -> Result<Self, String> {
-        let folder = state.join(FOLDER);
         let flaw = |path: &Path, error: io::Error| format!("cannot write {}: {error}", path.display());
-        fs::create_dir_all(&folder).map_err(|error| flaw(&folder, error))?;
-        let path = folder.join("lock");
-        let lock = open(&path).map_err(|error| flaw(&path, error))?;
+        let folder = folder(state).map_err(|error| flaw(&state.join(FOLDER), error))?;
+        let path = state.join(FOLDER).join(LOCK);
+        let lock = open(&folder, LOCK).map_err(|error| flaw(&path, error))?;
         let began_to_wait = Instant::now();
         loop {
             match lock.try_lock() {
@@ -79,7 +84,8 @@ impl Ledger {
         }
         let path = note_path(state, lineage);
         let certificate = read(state, lineage).and_then(|note| note.certificate);
-        let mut ledger = Self { file: open(&path).map_err(|error| flaw(&path, error))?, _lock: lock };
+        let file = open(&folder, &file_name(lineage)).map_err(|error| flaw(&path, error))?;
+        let mut ledger = Self { file, _lock: lock };
         let note = Note { lineage: lineage.into(), began, outcome: Outcome::Unfinished, certificate };
         ledger.write(&note).map_err(|error| flaw(&path, error))?;
         Ok(ledger)
@@ -95,16 +101,44 @@ impl Ledger {
     }
 }
 
-fn note_path(state: &Path, lineage: &str) -> PathBuf {
-    state.join(FOLDER).join(format!("{lineage}.json"))
+fn file_name(lineage: &str) -> String {
+    format!("{lineage}.json")
 }
 
-/// Everybody may read: the watchdog is another user.
-fn open(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o644).open(path)?;
-    // Whatever the umask of certbot.
+fn note_path(state: &Path, lineage: &str) -> PathBuf {
+    state.join(FOLDER).join(file_name(lineage))
+}
+
+/// The directory of the notes, made if need be, for everybody to read, whatever the umask of certbot. It may belong to a lesser
+/// user than this process, so nothing in it is followed anywhere.
+fn folder(state: &Path) -> io::Result<OwnedFd> {
+    let readable = Mode::from_bits_truncate(0o755);
+    let made = !state.exists();
+    fs::create_dir_all(state)?;
+    let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let state = fcntl::open(state, flags, Mode::empty())?;
+    if made {
+        fchmod(&state, readable)?;
+    }
+    let made = match mkdirat(&state, FOLDER, readable) {
+        Ok(()) => true,
+        Err(Errno::EEXIST) => false,
+        Err(error) => return Err(error.into()),
+    };
+    let folder = fcntl::openat(&state, FOLDER, flags | OFlag::O_NOFOLLOW, Mode::empty())?;
+    if made {
+        fchmod(&folder, readable)?;
+    }
+    Ok(folder)
+}
+
+/// A file that everybody may read: the watchdog is another user.
+fn open(folder: &OwnedFd, name: &str) -> io::Result<File> {
+    let readable = Mode::from_bits_truncate(0o644);
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file = File::from(fcntl::openat(folder, name, flags, readable)?);
     if file.metadata()?.permissions().mode() & 0o444 != 0o444 {
-        file.set_permissions(fs::Permissions::from_mode(0o644))?;
+        fchmod(&file, readable)?;
     }
     Ok(file)
 }
@@ -119,7 +153,7 @@ pub fn read(state: &Path, lineage: &str) -> Option<Note> {
 
 /// Whether a deployment is under way on this host.
 pub fn is_under_way(state: &Path) -> bool {
-    let lock = File::open(state.join(FOLDER).join("lock"));
+    let lock = File::open(state.join(FOLDER).join(LOCK));
     lock.is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
@@ -144,5 +178,20 @@ mod tests {
         assert_eq!(read(state.path(), "a").unwrap().certificate, note.certificate);
         fs::write(note_path(state.path(), "a"), "{\"lineage\":").unwrap();
         assert_eq!(read(state.path(), "a").unwrap().outcome, Outcome::Unfinished);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_followed_out_of_the_directory() {
+        let (state, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let victim = elsewhere.path().join("victim");
+        fs::write(&victim, "untouched").unwrap();
+        std::os::unix::fs::symlink(elsewhere.path(), state.path().join(FOLDER)).unwrap();
+        assert!(Ledger::begin(state.path(), "a", 1).await.is_err());
+        fs::remove_file(state.path().join(FOLDER)).unwrap();
+        fs::create_dir(state.path().join(FOLDER)).unwrap();
+        std::os::unix::fs::symlink(&victim, note_path(state.path(), "a")).unwrap();
+        assert!(Ledger::begin(state.path(), "a", 1).await.is_err());
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
+        assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 1);
     }
 }
