@@ -4,7 +4,6 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
@@ -497,8 +496,12 @@ async fn two_at_once_do_it_once() -> Result<()> {
     let arguments = ["certs", "deploy", "--lineage", &lineage.to_string_lossy()];
     let mut first = Started::paused(&host.cluster, &arguments, "after:keep").await?;
     let mut second = Started::new(&host.cluster, &arguments)?;
-    // It waits; what is in the files says that it has not gone past the other.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let descriptors = format!("/proc/{}/fd", second.pid()?);
+    wait_until("the second one to have come to the lock", PATIENCE, || async {
+        let open = fs::read_dir(&descriptors)?.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+        Ok(open.into_iter().any(|path| path.ends_with("certificates/lock")).then_some(()))
+    })
+    .await?;
     ensure!(!second.has_ended()?, "it did not wait");
     host.assert_in_use(&host.old).await?;
     first.signal(Signal::SIGCONT)?;
@@ -587,12 +590,80 @@ async fn the_watchdog_speaks_of_certificates_until_they_are_well() -> Result<()>
     host.deploy().await?.expect_code(0)?;
     watch.hear("gideon", &["deployment of", "of sikorsky is well again"]).await?;
     // Its own session survives that, and it sees what is served from then on.
-    let short = certificate().valid(-10, 3 * DAY).issue()?;
+    let short = certificate().valid(-10, 3 * DAY - 600).issue()?;
     host.renew(&short)?;
     host.deploy().await?.expect_code(0)?;
     watch.hear("sikorsky", &["certificate (server) of sikorsky", "expires in 2 days"]).await?;
     watch.end().await?;
     let once = agent(&host.cluster, &["watch", "--once"]).await?.expect_code(1)?;
     ensure!(once.json["conditions"].to_string().contains("expires in 2 days"), "{once:#?}");
+    host.finish().await
+}
+
+/// Years of watching outlast many certificates of its own.
+#[tokio::test]
+async fn the_agents_own_certificate_is_renewed_while_it_watches() -> Result<()> {
+    let host = Host::new().await?;
+    let own = |name: &str| host.cluster.agent_configuration().with_file_name(name).display().to_string();
+    host.cluster.configure_agent(&format!(
+        "\n[watch]\ninterval = \"100ms\"\nstall = \"3s\"\n[[certificate]]\nlineage = \"agent.example.net\"\n\
+         use = \"agent\"\ncert = \"{}\"\nkey = \"{}\"\n",
+        own("agent.pem"),
+        own("agent.key")
+    ))?;
+    let watch = Watch::start(&host.cluster).await?;
+    let renewed = Authority::shared().request(&["agent.example.net"]).role("stillebot_agent").issue()?;
+    let lineage = host.live.join("agent.example.net");
+    fs::create_dir(&lineage)?;
+    fs::write(lineage.join("fullchain.pem"), renewed.certificate_pem()?)?;
+    fs::write(lineage.join("privkey.pem"), renewed.key_pem()?)?;
+    let run =
+        agent(&host.cluster, &["certs", "deploy", "--lineage", &lineage.to_string_lossy()]).await?.expect_code(0)?;
+    ensure!(run.json["proofs"].to_string().contains("logged in to sikorsky with it"), "{run:#?}");
+    // Its sessions end, and the next ones are made with what is in the files now.
+    let serial = openssl::bn::BigNum::from_hex_str(&renewed.serial()?)?.to_dec_str()?.to_string();
+    let sikorsky = host.sikorsky();
+    let end =
+        "select count(pg_terminate_backend(pid)) from pg_stat_activity where application_name = 'stillebot-agent'";
+    ensure!(sikorsky.value::<i64>(DATABASE, end).await? > 0, "nobody watches");
+    let question = format!(
+        "select exists (select from pg_stat_ssl join pg_stat_activity using (pid)
+                         where application_name = 'stillebot-agent' and client_serial = {serial})"
+    );
+    wait_until("the watch to use the new one", PATIENCE, || async {
+        Ok(sikorsky.value::<bool>(DATABASE, &question).await?.then_some(()))
+    })
+    .await?;
+    watch.end().await?;
+    host.finish().await
+}
+
+/// When the way back fails, too, a person is told, and the watchdog; and what is left is still a pair.
+#[tokio::test]
+async fn what_cannot_be_taken_back_is_said_to_need_a_person() -> Result<()> {
+    let host = Host::new().await?;
+    for part in [" 28000 ", "could not connect to the publisher", " 42501 "] {
+        host.cluster.expect_log(part);
+    }
+    // The peer does not let it in.
+    let stranger = Authority::shared().request(&NAMES).role("nobody").issue()?;
+    let lineage = host.renew(&stranger)?;
+    let arguments = ["certs", "deploy", "--lineage", &lineage.to_string_lossy()];
+    let mut paused = Started::paused(&host.cluster, &arguments, "before:undo").await?;
+    let verb = "execute on function pg_reload_conf()";
+    host.sikorsky().execute(DATABASE, &format!("revoke {verb} from stillebot_agent")).await?;
+    paused.signal(Signal::SIGCONT)?;
+    let run = paused.end().await?.expect_code(3)?;
+    ensure!(run.says("did not connect to gideon") && run.says("the old certificate is not back"), "{run:#?}");
+    host.assert_files(&host.old.serial()?)?;
+    let run = host.check().await?.expect_code(1)?;
+    ensure!(run.json.to_string().contains("certificate deployment"), "{run:#?}");
+    // The next good one ends it, from wherever it was left.
+    host.sikorsky().execute(DATABASE, &format!("grant {verb} to stillebot_agent")).await?;
+    let good = certificate().issue()?;
+    host.renew(&good)?;
+    host.deploy().await?.expect_code(0)?;
+    host.assert_in_use(&good).await?;
+    host.check().await?.expect_code(0)?;
     host.finish().await
 }

@@ -91,7 +91,8 @@ impl Started {
         Ok(started)
     }
 
-    fn pid(&self) -> Result<Pid> {
+    /// Its process.
+    pub fn pid(&self) -> Result<Pid> {
         Ok(Pid::from_raw(self.0.id().context("it has ended")?.try_into()?))
     }
 
