@@ -49,6 +49,20 @@ pub enum Command {
         #[arg(long)]
         verbose: bool,
     },
+    /// Makes the nodes replicate to each other: roles, extension, publication, identity, subscriptions, the first copy.
+    ///
+    /// Shows every statement first, and what is there already stays. Run again, it goes on where it was stopped.
+    #[command(after_help = ADMIN_HELP)]
+    Init(Init),
+    /// Takes away what init made, on all nodes; rows stay where they are.
+    #[command(after_help = ADMIN_HELP)]
+    Deinit(Deinit),
+    /// Changes where a node is reached by the subscriptions of the others, or the files that its own connect with.
+    ///
+    /// With no option: makes them what the configuration says. Looks first whether it is the right node that answers there,
+    /// and puts the old back where replication does not come back. The configuration is not changed: it says which lines to.
+    #[command(after_help = ADMIN_HELP)]
+    SetConnection(SetConnection),
     /// Takes a node down: it refuses writes from then on, through restarts, until somebody says up.
     Down {
         /// The node.
@@ -198,6 +212,9 @@ impl Command {
         match self {
             Self::Status { .. } => "status",
             Self::Check { .. } => "check",
+            Self::Init(_) => "init",
+            Self::Deinit(_) => "deinit",
+            Self::SetConnection(_) => "set-connection",
             Self::Down { .. } => "down",
             Self::Up { .. } => "up",
             Self::Hop(_) => "hop",
@@ -212,6 +229,144 @@ impl Command {
             Self::Certs(Certs::Check) => "certs check",
         }
     }
+}
+
+const ADMIN_HELP: &str = "Roles, extensions, publications of all tables and subscriptions are a superuser's to make: all nodes \
+are connected to as --admin (postgres, by default), over TLS with --admin-cert and --admin-key, or those of [tls]. Where \
+pg_hba.conf lets that role in through the socket only: run as the system's user postgres, with --via NODE=/run/postgresql for \
+the node of this host, and for another one a port that is forwarded (ssh -L 6543:/run/postgresql/.s.PGSQL.5432 other.host), \
+or its socket (ssh -L /tmp/other/.s.PGSQL.5432:/run/postgresql/.s.PGSQL.5432 other.host, and --via other=/tmp/other).";
+
+/// Who set-up connects as, and how.
+#[derive(Debug, Args)]
+pub struct Admin {
+    /// The superuser.
+    #[arg(long, value_name = "ROLE", default_value = "postgres")]
+    pub admin: String,
+    /// Its certificate, instead of [tls] cert.
+    #[arg(long, value_name = "FILE", requires = "admin_key")]
+    pub admin_cert: Option<PathBuf>,
+    /// The key of that.
+    #[arg(long, value_name = "FILE", requires = "admin_cert")]
+    pub admin_key: Option<PathBuf>,
+    /// Where a node is reached for this, if not at its host: HOST:PORT, or a socket's directory, with :PORT if it is not 5432.
+    /// May be given for each node.
+    #[arg(long, value_name = "NODE=PLACE")]
+    pub via: Vec<Via>,
+}
+
+/// Another way to a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Via {
+    /// The node.
+    pub node: String,
+    /// Host, address, or the directory of a socket.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+}
+
+impl FromStr for Via {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (node, place) = text.split_once('=').ok_or("must be NODE=PLACE")?;
+        let (host, port) = match place.rsplit_once(':') {
+            Some((host, port)) => (host, port.parse().map_err(|_| "the port must be 1 to 65535")?),
+            None if place.starts_with('/') => (place, 5432),
+            None => return Err("must be NODE=HOST:PORT or NODE=/DIRECTORY".into()),
+        };
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        if node.is_empty() || host.is_empty() || port == 0 {
+            return Err("must be NODE=HOST:PORT or NODE=/DIRECTORY".into());
+        }
+        Ok(Self { node: node.to_owned(), host: host.to_owned(), port })
+    }
+}
+
+/// Options of `init`.
+#[derive(Debug, Args)]
+pub struct Init {
+    /// Who connects, and how.
+    #[command(flatten)]
+    pub admin: Admin,
+    /// The node whose rows the others get; needs to be said only if none has any.
+    #[arg(long, value_name = "NODE", conflicts_with = "assume_identical")]
+    pub from: Option<String>,
+    /// All nodes have the same rows already: compare them while nobody can write, and copy nothing.
+    #[arg(long)]
+    pub assume_identical: bool,
+    /// How long nothing may move before it gives up.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = patience)]
+    pub patience: Duration,
+    /// Do it without asking.
+    #[arg(long)]
+    pub yes: bool,
+    /// Say what would be done, and do nothing.
+    #[arg(long, conflicts_with = "yes")]
+    pub dry_run: bool,
+}
+
+/// Options of `deinit`.
+#[derive(Debug, Args)]
+pub struct Deinit {
+    /// Who connects, and how.
+    #[command(flatten)]
+    pub admin: Admin,
+    /// Leave the extension in the databases, with its log of conflicts.
+    #[arg(long)]
+    pub keep_extension: bool,
+    /// Drop the roles of the agent and of the subscriptions, too, unless they own something.
+    #[arg(long)]
+    pub roles: bool,
+    /// Do it on the nodes that can be reached, though others cannot: their slots and subscriptions stay.
+    #[arg(long)]
+    pub force: bool,
+    /// Do it without asking.
+    #[arg(long)]
+    pub yes: bool,
+    /// Say what would be done, and do nothing.
+    #[arg(long, conflicts_with = "yes")]
+    pub dry_run: bool,
+}
+
+/// Options of `set-connection`.
+#[derive(Debug, Args)]
+pub struct SetConnection {
+    /// The node.
+    pub node: String,
+    /// Where its peers reach it.
+    #[arg(long)]
+    pub host: Option<String>,
+    /// The port there.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: Option<u16>,
+    /// What the node's own subscriptions connect with: a file on its host.
+    #[arg(long, value_name = "FILE")]
+    pub cert: Option<PathBuf>,
+    /// The key of that.
+    #[arg(long, value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// The certificates that those of its peers must be signed by.
+    #[arg(long, value_name = "FILE")]
+    pub root: Option<PathBuf>,
+    /// Who connects, and how.
+    #[command(flatten)]
+    pub admin: Admin,
+    /// How long replication may take to come back before the old is put back.
+    #[arg(long, value_name = "TIME", default_value = "15s", value_parser = patience)]
+    pub patience: Duration,
+    /// Say what would be done, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+fn patience(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if duration < Duration::from_secs(1) || duration > Duration::from_secs(86400) {
+        return Err("must be 1s to 1day".into());
+    }
+    Ok(duration)
 }
 
 /// Options of `hop`.
@@ -328,6 +483,26 @@ mod tests {
         assert!(parse("x conflicts resolve 1 --keep both").is_err());
         assert!(parse("x conflicts skip a/1").is_ok());
         assert!(parse("x conflicts skip").is_err());
+    }
+
+    #[test]
+    fn another_way_to_a_node_is_understood() {
+        let via = |host: &str, port| Ok(Via { node: "a".into(), host: host.into(), port });
+        assert_eq!("a=/run/postgresql".parse(), via("/run/postgresql", 5432));
+        assert_eq!("a=/tmp/x:5433".parse(), via("/tmp/x", 5433));
+        assert_eq!("a=localhost:6543".parse(), via("localhost", 6543));
+        assert_eq!("a=[::1]:6543".parse(), via("::1", 6543));
+        for bad in ["", "a", "a=", "a=h", "=h:1", "a=h:0", "a=h:x", "a=:1"] {
+            assert!(bad.parse::<Via>().is_err(), "{bad}");
+        }
+        let parse = |line: &str| Cli::try_parse_from(line.split(' '));
+        assert!(parse("x init --via a=/run --via b=h:1 --admin me --yes --from a").is_ok());
+        assert!(parse("x init --yes --dry-run").is_err());
+        assert!(parse("x init --from a --assume-identical").is_err());
+        assert!(parse("x init --admin-cert c").is_err());
+        assert!(parse("x deinit --roles --force").is_ok());
+        assert!(parse("x set-connection a --host h --port 1").is_ok());
+        assert!(parse("x set-connection --host h").is_err());
     }
 
     #[test]

@@ -177,6 +177,9 @@ pub struct Node {
     pub active_name: String,
     /// Where it is not reached by, or does not use, what [`Config::replication`] says.
     pub replication: NodeReplication,
+    /// The host that is dialled in place of `host`, whose name its certificate still has: the near end of a forwarded port.
+    #[serde(skip)]
+    pub through: Option<String>,
 }
 
 impl Node {
@@ -623,7 +626,7 @@ fn nodes(file: Vec<FileNode>, with_active: bool) -> Result<Vec<Node>, String> {
         if replication.cert.is_some() != replication.key.is_some() {
             return flaw("cert and key go together");
         }
-        nodes.push(Node { name, host, port, family, active_name, replication });
+        nodes.push(Node { name, host, port, family, active_name, replication, through: None });
     }
     Ok(nodes)
 }

@@ -23,6 +23,7 @@
 //! hba.rs     who gets in by pg_hba.conf, without IO
 //! grants.rs  what the agent's role has to be allowed
 //! clock.rs   a server's clock, measured from here
+//! setup.rs   from what the nodes are to a set that replicates, without IO
 //! sight.rs   what one node tells the watchdog
 //! watchdog.rs what is wrong with replication, without IO
 //! condition.rs the watchdog's vocabulary
@@ -61,6 +62,7 @@ pub mod quote;
 pub mod renewal;
 pub mod resolve;
 pub mod resolver;
+pub mod setup;
 pub mod sight;
 pub mod sql;
 pub mod stop;

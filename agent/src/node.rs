@@ -95,6 +95,8 @@ impl From<NodeError> for Failure {
 fn place(node: &Node) -> String {
     if node.is_local() {
         format!("socket {}, port {}", node.host, node.port)
+    } else if let Some(through) = &node.through {
+        format!("{} through {through}:{}", node.host, node.port)
     } else {
         format!("{}:{}", node.host, node.port)
     }
@@ -498,10 +500,12 @@ impl Session {
 
 /// The addresses of a node, of the family wanted; at least one.
 async fn addresses(node: &Node) -> Result<Vec<SocketAddr>, NodeError> {
-    let found = tokio::net::lookup_host((node.host.as_str(), node.port)).await.map_err(|error| {
+    let dialled = node.through.as_deref().unwrap_or(&node.host);
+    let admitted = |address: &SocketAddr| node.through.is_some() || node.family.admits(address.ip());
+    let found = tokio::net::lookup_host((dialled, node.port)).await.map_err(|error| {
         unreachable(node, format!("cannot resolve the name: {error}"), "check node.host and the resolver")
     })?;
-    let addresses: Vec<SocketAddr> = found.filter(|address| node.family.admits(address.ip())).collect();
+    let addresses: Vec<SocketAddr> = found.filter(admitted).collect();
     if addresses.is_empty() {
         return Err(unreachable(
             node,

@@ -45,6 +45,16 @@ queries! {
     SENDERS = "senders.sql";
     SESSIONS = "sessions.sql";
     SETTLE = "settle.sql";
+    SETUP_COPYING = "setup_copying.sql";
+    SETUP_PROBE = "setup_probe.sql";
+    SETUP_SEEN = "setup_seen.sql";
+    SETUP_SELF = "setup_self.sql";
+    SETUP_SIZES = "setup_sizes.sql";
+    SETUP_SLOT = "setup_slot.sql";
+    SETUP_STOP_MAKING = "setup_stop_making.sql";
+    SETUP_TROUBLE = "setup_trouble.sql";
+    SETUP_UNPROBE = "setup_unprobe.sql";
+    SETUP_WAITING = "setup_waiting.sql";
     SET_HOP = "set_hop.sql";
     SKIP = "skip.sql";
     STATE = "state.sql";

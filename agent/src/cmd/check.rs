@@ -91,7 +91,7 @@ async fn ask(context: &Context, node: &Node) -> Result<Survey, NodeError> {
 }
 
 /// The addresses of a node, for the agent and for its peers' subscriptions.
-async fn places(node: &Node) -> Vec<Place> {
+pub(super) async fn places(node: &Node) -> Vec<Place> {
     let replication = &node.replication;
     let host = replication.host.as_deref().unwrap_or(&node.host);
     let wanted = [(node.host.as_str(), node.port, false), (host, replication.port.unwrap_or(node.port), true)];

@@ -1,0 +1,186 @@
+//! What `init`, `deinit` and `set-connection` share: sessions as superuser, on other ways if need be; the operator's consent;
+//! and who somebody is that answers.
+//!
+//! Deliberately changes nothing.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, IsTerminal as _, Write as _};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tokio_postgres::types::PgLsn;
+
+use super::{Context, print, unreachable};
+use crate::cli;
+use crate::config::{Config, Node};
+use crate::crew::{Crew, LOOK_BOUND};
+use crate::failure::{Failure, Kind};
+use crate::node::{Connector, NodeError, Session};
+use crate::sql;
+
+/// Between two looks at something that is waited for.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// How the nodes are reached as superuser.
+pub struct Admin {
+    /// The configuration, with the superuser in it and the other ways.
+    config: Config,
+    /// Makes those connections.
+    pub connector: Connector,
+}
+
+/// A database of a server, as nobody else can claim to be it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Who {
+    /// Given by initdb, and copied with the data.
+    pub system_identifier: String,
+    /// Start of the server, in microseconds by its clock: tells a copy that runs from its original.
+    pub started_us: i64,
+    /// The database.
+    pub database_oid: i64,
+}
+
+impl Admin {
+    /// Understands the options.
+    pub fn new(context: &Context, options: &cli::Admin) -> Result<Self, Failure> {
+        let mut config = context.config.clone();
+        config.user.clone_from(&options.admin);
+        if let (Some(cert), Some(key)) = (&options.admin_cert, &options.admin_key) {
+            config.tls.cert = Some(cert.clone());
+            config.tls.key = Some(key.clone());
+        }
+        for via in &options.via {
+            context.node(&via.node)?;
+            let Some(node) = config.nodes.iter_mut().find(|node| node.name == via.node) else { continue };
+            node.port = via.port;
+            // A socket, on either end, needs no certificate; a forwarded port leads to the node whose name that one has.
+            if via.host.starts_with('/') {
+                node.host.clone_from(&via.host);
+            } else {
+                node.through = Some(via.host.clone());
+            }
+        }
+        let connector = Connector::new(&config)?;
+        Ok(Self { config, connector })
+    }
+
+    /// A session as superuser on each node that can be reached.
+    pub async fn muster(&self) -> Result<(Crew<'_>, BTreeMap<String, NodeError>), Failure> {
+        let nodes: Vec<&Node> = self.config.nodes.iter().collect();
+        let (crew, mut errors) = Crew::muster(&self.config, &self.connector, &nodes).await;
+        for error in errors.values_mut().filter(|error| error.answered) {
+            error.hint = Some(format!(
+                "{}; roles and subscriptions are a superuser's to make: see --admin, --admin-cert and --via in --help",
+                error.hint.as_deref().unwrap_or_default()
+            ));
+        }
+        for name in crew.names() {
+            let session = crew.session(&name)?;
+            if !session.row(sql::SETUP_SELF, &[], LOOK_BOUND).await?.get::<_, bool>("superuser") {
+                let message = format!("{name}: {} is no superuser; nothing was changed", self.config.user);
+                return Err(Failure::new(Kind::Configuration, message).hint("name one with --admin"));
+            }
+            // What a down database tells its sessions must not refuse the agent's own.
+            session.run("set default_transaction_read_only = off", LOOK_BOUND).await?;
+        }
+        Ok((crew, errors))
+    }
+
+    /// The same, of all nodes.
+    pub async fn muster_all(&self) -> Result<Crew<'_>, Failure> {
+        let (crew, errors) = self.muster().await?;
+        match unreachable(&errors) {
+            Some(failure) => Err(failure),
+            None => Ok(crew),
+        }
+    }
+}
+
+/// Shows a plan and asks whether to go on. Without a terminal nobody can be asked.
+pub fn consent(context: &Context, plan: &str, yes: bool) -> Result<(), Failure> {
+    if yes {
+        return Ok(());
+    }
+    let refuse = |message: &str| Err(Failure::new(Kind::Undone, format!("{message}; nothing was changed")));
+    if context.json || !std::io::stdin().is_terminal() {
+        return refuse("nobody can be asked")
+            .map_err(|failure| failure.hint("look at what --dry-run says, and then say --yes"));
+    }
+    print(plan.trim_end());
+    let mut terminal = std::io::stderr();
+    let _ = write!(terminal, "Do it? [y/N] ").and_then(|()| terminal.flush());
+    let mut answer = String::new();
+    match std::io::stdin().lock().read_line(&mut answer) {
+        Ok(_) if matches!(answer.trim(), "y" | "Y" | "yes") => Ok(()),
+        _ => refuse("not agreed to"),
+    }
+}
+
+/// Who is at the other end.
+pub async fn who(session: &Session) -> Result<Who, NodeError> {
+    let row = session.row(sql::SETUP_SELF, &[], LOOK_BOUND).await?;
+    Ok(Who {
+        system_identifier: row.get("system_identifier"),
+        started_us: row.get("started_us"),
+        database_oid: row.get("database_oid"),
+    })
+}
+
+/// Why something was not waited for to the end.
+pub enum Halt {
+    /// It did not come in that time.
+    Late,
+    /// A signal came.
+    Signal(&'static str),
+    /// A node said no, or nothing.
+    Node(NodeError),
+}
+
+impl From<NodeError> for Halt {
+    fn from(error: NodeError) -> Self {
+        Self::Node(error)
+    }
+}
+
+/// Looks again and again until there is something, the time is over or a signal comes.
+pub async fn wait<T>(
+    context: &Context,
+    bound: Duration,
+    mut look: impl AsyncFnMut() -> Result<Option<T>, NodeError>,
+) -> Result<T, Halt> {
+    let until = Instant::now() + bound;
+    loop {
+        if let Some(found) = look().await? {
+            return Ok(found);
+        }
+        if Instant::now() >= until {
+            return Err(Halt::Late);
+        }
+        tokio::select! {
+            signal = context.signals.wait() => return Err(Halt::Signal(signal)),
+            () = sleep(GLANCE) => {}
+        }
+    }
+}
+
+/// How a slot stands.
+pub struct Slot {
+    /// Who sends to its reader; none: nobody reads it.
+    pub pid: Option<i32>,
+    /// Since when, in microseconds by the server's clock.
+    pub started_us: Option<i64>,
+    /// The reader has everything up to the position that was asked about.
+    pub heard: bool,
+}
+
+/// A slot of this database, if there is one of that name.
+pub async fn slot(publisher: &Session, name: &str, position: Option<PgLsn>) -> Result<Option<Slot>, NodeError> {
+    let rows = publisher.rows(sql::SETUP_SLOT, &[&name, &position], LOOK_BOUND).await?;
+    Ok(rows.first().map(|row| Slot { pid: row.get("pid"), started_us: row.get("started_us"), heard: row.get("heard") }))
+}
+
+/// What a node has noted about a subscription that does not replicate. Nothing, if it has not even the extension.
+pub async fn trouble(subscriber: &Session, subscription: &str) -> Option<String> {
+    let rows = subscriber.rows(sql::SETUP_TROUBLE, &[&subscription], LOOK_BOUND).await.ok()?;
+    rows.first().map(|row| row.get("message"))
+}

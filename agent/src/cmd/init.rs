@@ -1,0 +1,653 @@
+//! `init`: makes the nodes replicate to each other, and proves it.
+//!
+//! Looks at all nodes, has `setup.rs` make the plan, shows it, and takes its steps. Deliberately remembers nothing: a run that
+//! was stopped is gone on with by the next one, out of what is there. Nodes that get a copy are down meanwhile, by a reason
+//! that names this command, and stay so until all that was written there is heard by the others.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+use tokio_postgres::types::PgLsn;
+
+use super::admin::{self, Admin, Halt, consent, wait};
+use super::{Context, IN_THE_WAY, Reply, UP_BOUND, WRITE_BOUND};
+use crate::check::{self, Finding, Seen as Looked};
+use crate::cli::Init;
+use crate::config::Node;
+use crate::crew::{Crew, LOOK_BOUND};
+use crate::facts;
+use crate::failure::{Failure, Kind};
+use crate::node::{NodeError, Params, Session, Trouble};
+use crate::quote::name;
+use crate::setup::{self, Action, Content, Plan, Refusal, Seen, Standing, Step, Wish};
+use crate::survey::{self, Survey, Table};
+use crate::sql;
+
+use super::progress::Progress;
+
+/// How long transactions that write may take to end on a node that is taken down.
+const DRAIN: Duration = Duration::from_secs(30);
+/// How long one statement of the plan may take, other than making a subscription.
+const STATEMENT_BOUND: Duration = Duration::from_secs(60);
+/// How long the rows of one table may take to be compared.
+const COMPARE_BOUND: Duration = Duration::from_secs(3600);
+/// How long a slot may take to go when what made it has been stopped.
+const TIDY_BOUND: Duration = Duration::from_secs(5);
+
+/// Runs it.
+pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
+    let config = &context.config;
+    if config.nodes.len() < 2 {
+        let message = "init needs at least two nodes, and the configuration has one";
+        return Err(Failure::new(Kind::Configuration, message));
+    }
+    if let Some(from) = &options.from {
+        context.node(from)?;
+    }
+    let admin = Admin::new(context, &options.admin)?;
+    let crew = admin.muster_all().await?;
+    if !options.dry_run {
+        crew.lock().await?;
+    }
+    let mut work = Work { context, options, admin: &admin, crew, taken: 0, closed: BTreeSet::new(), proof: Vec::new() };
+    let plan = work.look().await?;
+    if plan.steps.is_empty() {
+        let json = json!({"command": "init", "outcome": "nothing_to_do", "steps": []});
+        return Ok(Reply::done("nothing to do: the nodes replicate to each other as configured", json));
+    }
+    let text = describe(&plan);
+    if options.dry_run {
+        let json = json!({"command": "init", "outcome": "dry_run", "plan": plan});
+        return Ok(Reply::done(text, json));
+    }
+    consent(context, &text, options.yes)?;
+    let began = Instant::now();
+    match work.carry_out(&plan).await {
+        Ok(()) => {
+            let mut text = String::new();
+            for proof in &work.proof {
+                let _ = writeln!(text, "{proof}");
+            }
+            let _ = write!(text, "done in {:.1} s", began.elapsed().as_secs_f64());
+            let json = json!({
+                "command": "init",
+                "outcome": "done",
+                "plan": plan,
+                "proof": work.proof.iter().map(Proof::json).collect::<Vec<_>>(),
+                "seconds": began.elapsed().as_secs_f64(),
+            });
+            Ok(Reply::done(text, json))
+        }
+        Err(failure) => Err(work.stands(failure, &plan)),
+    }
+}
+
+/// The plan as people read it.
+fn describe(plan: &Plan) -> String {
+    let mut text = String::new();
+    let mut node = "";
+    for step in &plan.steps {
+        if step.node != node {
+            node = &step.node;
+            let _ = writeln!(text, "{node}:");
+        }
+        let _ = writeln!(text, "  {}\n      {}", step.action.text(), step.why);
+    }
+    text
+}
+
+/// A row, or a position, that has gone from one node to another.
+struct Proof {
+    from: String,
+    to: String,
+    by: &'static str,
+    milliseconds: f64,
+}
+
+impl Proof {
+    fn json(&self) -> Value {
+        json!({"from": self.from, "to": self.to, "by": self.by, "milliseconds": self.milliseconds})
+    }
+}
+
+impl std::fmt::Display for Proof {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { from, to, by, milliseconds } = self;
+        match *by {
+            "row" => write!(f, "{from} -> {to}: a row came after {milliseconds:.0} ms"),
+            _ => write!(f, "{from} -> {to}: {from} is down; all it has is there, by its position in the WAL"),
+        }
+    }
+}
+
+struct Work<'a> {
+    context: &'a Context,
+    options: &'a Init,
+    admin: &'a Admin,
+    crew: Crew<'a>,
+    /// How many steps are done.
+    taken: usize,
+    /// The nodes that are down until it is finished.
+    closed: BTreeSet<String>,
+    proof: Vec<Proof>,
+}
+
+impl<'a> Work<'a> {
+    fn session(&self, node: &str) -> Result<&Session, NodeError> {
+        self.crew.session(node)
+    }
+
+    fn nodes(&self) -> &'a [Node] {
+        &self.context.config.nodes
+    }
+
+    fn peers(&self, node: &str) -> impl Iterator<Item = &'a str> {
+        let node = node.to_owned();
+        self.nodes().iter().map(|peer| peer.name.as_str()).filter(move |peer| *peer != node)
+    }
+
+    // ---- looking ----
+
+    async fn look(&self) -> Result<Plan, Failure> {
+        let config = &self.context.config;
+        let mut surveys: BTreeMap<String, Survey> = BTreeMap::new();
+        let mut places = BTreeMap::new();
+        for node in self.nodes() {
+            let survey = survey::take(self.session(&node.name)?, config, node, LOOK_BOUND).await?;
+            surveys.insert(node.name.clone(), survey);
+            places.insert(node.name.clone(), super::check::places(node).await);
+        }
+        let findings: Vec<Finding> = check::findings(&Looked { config, surveys: &surveys, places: &places });
+        setup::preconditions(&findings).map_err(refused)?;
+        let mut nodes = BTreeMap::new();
+        let mut wish = Wish {
+            from: self.options.from.clone(),
+            assume_identical: self.options.assume_identical,
+            ..Wish::default()
+        };
+        for (node, survey) in surveys {
+            let session = self.session(&node)?;
+            let standing = match survey.about.extension {
+                None => Standing::Up,
+                Some(_) => standing(&facts::state(session, LOOK_BOUND).await?),
+            };
+            let filled = filled(session, &survey).await?;
+            let filled = filled.into_iter().map(|table| (table, None)).collect();
+            if wish.fresh_pair.is_empty() {
+                wish.fresh_pair = session.row(sql::SETUP_SELF, &[], LOOK_BOUND).await?.get("fresh");
+            }
+            nodes.insert(node, Seen { survey, standing, filled });
+        }
+        for node in setup::to_be_counted(config, &nodes, self.options.assume_identical) {
+            if let Some(seen) = nodes.get_mut(&node) {
+                self.count(&node, seen).await?;
+            }
+        }
+        setup::plan(config, &nodes, &findings, &wish).map_err(refused)
+    }
+
+    /// Counts the rows of a node.
+    async fn count(&self, node: &str, seen: &mut Seen) -> Result<(), Failure> {
+        let session = self.session(node)?;
+        let full: Vec<&Table> =
+            setup::replicated(&seen.survey).filter(|table| seen.filled.contains_key(&table.name)).collect();
+        let mut counted = BTreeMap::new();
+        for table in full {
+            self.go_on()?;
+            counted.insert(table.name.clone(), Some(content(session, table).await?));
+        }
+        seen.filled = counted;
+        Ok(())
+    }
+
+    fn go_on(&self) -> Result<(), Failure> {
+        match self.context.signals.received() {
+            Some(signal) => Err(Failure::new(Kind::Undone, format!("stopped by {signal}"))),
+            None => Ok(()),
+        }
+    }
+
+    // ---- acting ----
+
+    async fn carry_out(&mut self, plan: &Plan) -> Result<(), Failure> {
+        let progress = Progress::new(self.context.json);
+        let total = plan.steps.len();
+        for step in &plan.steps {
+            self.go_on()?;
+            progress.say(&format!("[{}/{total}] {}: {}", self.taken + 1, step.node, step.action.text()));
+            self.take(step, plan, &progress).await?;
+            self.taken += 1;
+        }
+        Ok(())
+    }
+
+    async fn take(&mut self, step: &Step, plan: &Plan, progress: &Progress) -> Result<(), Failure> {
+        let node = step.node.as_str();
+        match &step.action {
+            Action::Run { statement } => Ok(self.session(node)?.run(statement, STATEMENT_BOUND).await?),
+            Action::Close => self.close(node, plan).await,
+            Action::Gather => {
+                for other in self.peers(node).filter(|peer| !plan.newcomers.iter().any(|newcomer| newcomer == peer)) {
+                    self.caught_up(other, node).await?;
+                }
+                Ok(())
+            }
+            Action::Compare => self.compare().await,
+            Action::Subscribe { publisher, statement, .. } => {
+                self.subscribe(node, publisher, statement, progress).await
+            }
+            Action::Enable { publisher, statement } => self.enable(node, publisher, statement).await,
+            Action::Copy => self.copy(node, progress).await,
+            Action::Open => self.open(node).await,
+            Action::Prove => self.prove(node).await,
+        }
+    }
+
+    async fn close(&mut self, node: &str, plan: &Plan) -> Result<(), Failure> {
+        let params: Params<'_> = &[&Some(setup::REASON), &DRAIN.as_secs_f64(), &false, &None::<String>];
+        let session = self.session(node)?;
+        session.row(sql::DOWN, params, DRAIN + LOOK_BOUND).await.map_err(|error| {
+            let mut failure = Failure::from(error);
+            if failure.detail.is_some() {
+                failure.hint = Some(IN_THE_WAY.replace(", or end them with --terminate", ", or end them, and run it again"));
+            }
+            failure
+        })?;
+        self.closed.insert(node.to_owned());
+        // It was empty when the plan was made; from now on nobody can change that.
+        let session = self.session(node)?;
+        let survey = self.survey(node).await?;
+        if plan.newcomers.iter().any(|newcomer| newcomer == node)
+            && let Some(table) = filled(session, &survey).await?.into_iter().next()
+        {
+            self.session(node)?.rows(sql::UP, &[&false], UP_BOUND).await?;
+            self.closed.remove(node);
+            let message = format!("{node}: somebody has written into {table} meanwhile; {node} is open again");
+            return Err(Failure::new(Kind::Undone, message).hint("run init again, which looks anew where the rows are"));
+        }
+        Ok(())
+    }
+
+    async fn survey(&self, node: &str) -> Result<Survey, Failure> {
+        let config = &self.context.config;
+        let place = self.context.node(node)?;
+        Ok(survey::take(self.session(node)?, config, place, LOOK_BOUND).await?)
+    }
+
+    async fn compare(&mut self) -> Result<(), Failure> {
+        let mut all: Vec<(String, BTreeMap<String, Content>)> = Vec::new();
+        for node in self.nodes() {
+            let survey = self.survey(&node.name).await?;
+            let mut contents = BTreeMap::new();
+            for table in setup::replicated(&survey) {
+                self.go_on()?;
+                contents.insert(table.name.clone(), content(self.session(&node.name)?, table).await?);
+            }
+            all.push((node.name.clone(), contents));
+        }
+        let (first, reference) = &all[0];
+        let mut detail = String::new();
+        for (table, content) in reference {
+            for (node, contents) in &all[1..] {
+                let other = contents.get(table);
+                if other != Some(content) {
+                    let rows = other.map_or(0, |other| other.rows);
+                    let _ = writeln!(detail, "{table}: {} rows on {first}, {rows} on {node}", content.rows);
+                }
+            }
+        }
+        if detail.is_empty() {
+            return Ok(());
+        }
+        // Nothing is made yet, so everything can be as it was.
+        for node in std::mem::take(&mut self.closed) {
+            self.open_now(&node).await?;
+        }
+        Err(Failure::new(Kind::Undone, "the nodes have different rows; all nodes are as they were")
+            .detail(detail.trim_end())
+            .hint("make them the same, or empty all but one; then run init again"))
+    }
+
+    async fn subscribe(
+        &mut self,
+        node: &str,
+        publisher: &str,
+        statement: &str,
+        progress: &Progress,
+    ) -> Result<(), Failure> {
+        let slot = self.context.config.slot(publisher, node);
+        let patience = self.options.patience;
+        let session = self.session(node)?;
+        let source = self.session(publisher)?;
+        let making = session.run(statement, patience + STATEMENT_BOUND);
+        tokio::pin!(making);
+        let until = Instant::now() + patience;
+        let mut told = String::new();
+        let stopped = loop {
+            tokio::select! {
+                made = &mut making => break made.map_err(Failure::from),
+                signal = self.context.signals.wait() => {
+                    break Err(Failure::new(Kind::Undone, format!("stopped by {signal}")));
+                }
+                () = sleep(Duration::from_millis(500)) => {
+                    let waiting = source.rows(sql::SETUP_WAITING, &[&slot], LOOK_BOUND).await?;
+                    let waiting: Vec<String> = waiting.iter().map(|row| {
+                        let (pid, since): (i32, String) = (row.get("pid"), row.get("since"));
+                        let (user, application): (String, String) = (row.get("usename"), row.get("application_name"));
+                        format!("pid {pid} of {user} ({application}), in a transaction since {since}")
+                    }).collect();
+                    let waiting = waiting.join("; ");
+                    if !waiting.is_empty() && waiting != told {
+                        progress.say(&format!("      waits for a transaction on {publisher}: {waiting}"));
+                        told = waiting;
+                    }
+                    if Instant::now() >= until {
+                        let message = format!(
+                            "{node}: the subscription to {publisher} was not made within {}", humantime::format_duration(patience)
+                        );
+                        let failure = Failure::new(Kind::Undone, message);
+                        break Err(match told.as_str() {
+                            "" => failure.hint(format!("look into the logs of {node} and {publisher}; then run init again")),
+                            told => failure
+                                .detail(format!("a slot has to wait for all transactions on {publisher} that are older: {told}"))
+                                .hint("wait for its end, or end it with pg_terminate_backend(); then run init again"),
+                        });
+                    }
+                }
+            }
+        };
+        if let Err(mut failure) = stopped {
+            session.cancel(&self.admin.connector, LOOK_BOUND).await;
+            let _ = tokio::time::timeout(TIDY_BOUND, making).await;
+            // The publisher would go on, and leave a slot that nobody reads.
+            source.rows(sql::SETUP_STOP_MAKING, &[&slot], LOOK_BOUND).await?;
+            if failure.message.contains("would replicate this database to itself") {
+                failure.hint = Some(format!("check host and port of {publisher} in the configuration, under [node.replication] too"));
+            }
+            return Err(failure);
+        }
+        if admin::slot(source, &slot, None).await?.is_some() {
+            return Ok(());
+        }
+        let subscription = self.context.config.subscription_to(publisher);
+        // Its slot is on that other server, and goes with it.
+        session.run(&format!("drop subscription {}", name(&subscription)), STATEMENT_BOUND).await?;
+        let wanted = &self.context.node(publisher)?.replication;
+        let host = wanted.host.as_deref().unwrap_or(&self.context.node(publisher)?.host).to_owned();
+        let message = format!("what {node} reaches as {host} is not {publisher}; the subscription was dropped again");
+        Err(Failure::new(Kind::Undone, message)
+            .hint(format!("check host and port of {publisher} in the configuration, under [node.replication] too")))
+    }
+
+    async fn enable(&mut self, node: &str, publisher: &str, statement: &str) -> Result<(), Failure> {
+        self.session(node)?.run(statement, STATEMENT_BOUND).await?;
+        let slot = self.slot_of(node, publisher).await?;
+        let source = self.session(publisher)?;
+        let read = wait(self.context, self.options.patience, async || {
+            Ok(admin::slot(source, &slot, None).await?.and_then(|slot| slot.pid))
+        });
+        match read.await {
+            Ok(_) => Ok(()),
+            Err(halt) => Err(self.halted(halt, node, publisher, "is not read").await),
+        }
+    }
+
+    /// The slot that a subscription reads, which may be called otherwise than it would be today.
+    async fn slot_of(&self, node: &str, publisher: &str) -> Result<String, Failure> {
+        let wanted = self.context.config.subscription_to(publisher);
+        let survey = self.survey(node).await?;
+        let found = survey.subscriptions.iter().find(|found| found.name == wanted);
+        Ok(found.and_then(|found| found.slot.clone()).unwrap_or_else(|| self.context.config.slot(publisher, node)))
+    }
+
+    /// Waits until a node has applied all that another one has written up to now.
+    async fn caught_up(&self, publisher: &str, node: &str) -> Result<(), Failure> {
+        let slot = self.slot_of(node, publisher).await?;
+        let source = self.session(publisher)?;
+        let position: PgLsn = source.row(sql::POSITION, &[], LOOK_BOUND).await?.get("lsn");
+        let heard = wait(self.context, self.options.patience, async || {
+            let slot = admin::slot(source, &slot, Some(position)).await?;
+            Ok(slot.is_some_and(|slot| slot.heard).then_some(()))
+        });
+        match heard.await {
+            Ok(()) => Ok(()),
+            Err(halt) => Err(self.halted(halt, node, publisher, "does not catch up").await),
+        }
+    }
+
+    async fn halted(&self, halt: Halt, node: &str, publisher: &str, what: &str) -> Failure {
+        match halt {
+            Halt::Node(error) => error.into(),
+            Halt::Signal(signal) => Failure::new(Kind::Undone, format!("stopped by {signal}")),
+            Halt::Late => {
+                let subscription = self.context.config.subscription_to(publisher);
+                let patience = humantime::format_duration(self.options.patience);
+                let message = format!("subscription {subscription} on {node} {what}, for {patience}");
+                let failure = Failure::new(Kind::Undone, message);
+                let trouble = match self.session(node) {
+                    Ok(session) => admin::trouble(session, &subscription).await,
+                    Err(_) => None,
+                };
+                match trouble {
+                    Some(trouble) => failure.detail(format!("{node}: {trouble}")).hint("mend that, and run init again"),
+                    None => failure.hint(format!("look into the logs of {node} and {publisher}; then run init again")),
+                }
+            }
+        }
+    }
+
+    async fn copy(&mut self, node: &str, progress: &Progress) -> Result<(), Failure> {
+        let config = &self.context.config;
+        for publisher in self.peers(node) {
+            let subscription = config.subscription_to(publisher);
+            let source = self.session(publisher)?;
+            let session = self.session(node)?;
+            let sizes = source.rows(sql::SETUP_SIZES, &[], LOOK_BOUND).await?;
+            let sizes: BTreeMap<String, i64> =
+                sizes.iter().map(|row| (row.get("relation"), row.get("tuples"))).collect();
+            let mut bars = progress.tables(&sizes);
+            let mut last = Vec::new();
+            let mut moved = Instant::now();
+            loop {
+                let rows = session.rows(sql::SETUP_COPYING, &[&subscription], LOOK_BOUND).await?;
+                let now: Vec<(String, bool, i64, i64)> = rows
+                    .iter()
+                    .map(|row| (row.get("relation"), row.get("copied"), row.get("tuples"), row.get("bytes")))
+                    .collect();
+                bars.show(node, &now);
+                let (done, all) = (now.iter().filter(|(_, copied, ..)| *copied).count(), now.len());
+                let stands = format!("{done} of {all} tables are copied");
+                if done == all {
+                    break;
+                }
+                if now != last {
+                    (last, moved) = (now, Instant::now());
+                }
+                if moved.elapsed() > self.options.patience {
+                    let failure = self.halted(Halt::Late, node, publisher, "copies nothing more").await;
+                    return Err(add_detail(failure, &stands));
+                }
+                tokio::select! {
+                    signal = self.context.signals.wait() => {
+                        let message = format!("stopped by {signal}; {node}: {stands}, and the servers go on with it");
+                        return Err(Failure::new(Kind::Undone, message));
+                    }
+                    () = sleep(Duration::from_millis(200)) => {}
+                }
+            }
+            bars.finish();
+        }
+        Ok(())
+    }
+
+    async fn open(&mut self, node: &str) -> Result<(), Failure> {
+        for peer in self.peers(node) {
+            self.caught_up(peer, node).await?;
+        }
+        self.open_now(node).await?;
+        self.closed.remove(node);
+        Ok(())
+    }
+
+    /// With nobody else writable it is the only one, and comes back closed after a restart; with others, none of them is.
+    async fn open_now(&self, node: &str) -> Result<(), Failure> {
+        let mut up = Vec::new();
+        for peer in self.peers(node) {
+            let state = facts::state(self.session(peer)?, LOOK_BOUND).await?;
+            if state.is_up() {
+                up.push((peer, state.sole));
+            }
+        }
+        for (peer, _) in up.iter().filter(|(_, sole)| *sole) {
+            self.session(peer)?.rows(sql::UP, &[&false], UP_BOUND).await?;
+        }
+        self.session(node)?.rows(sql::UP, &[&up.is_empty()], UP_BOUND).await?;
+        Ok(())
+    }
+
+    // ---- the proof ----
+
+    async fn prove(&mut self, first: &str) -> Result<(), Failure> {
+        let mut written = Vec::new();
+        let others = self.peers(first);
+        for from in std::iter::once(self.context.node(first)?.name.as_str()).chain(others) {
+            let state = facts::state(self.session(from)?, LOOK_BOUND).await?;
+            let began = Instant::now();
+            if !state.is_up() {
+                for to in self.peers(from) {
+                    self.caught_up(from, to).await?;
+                    self.prove_that(from, to, "position", began);
+                }
+                continue;
+            }
+            let token = self.write(from, sql::SETUP_PROBE, &[&from]).await?;
+            for to in self.peers(from) {
+                self.wait_row(from, to, &token, true).await?;
+                self.prove_that(from, to, "row", began);
+            }
+            written.push((from, token));
+        }
+        for (from, token) in &written {
+            let session = self.session(from)?;
+            session.write(sql::SETUP_UNPROBE, &[token, from], WRITE_BOUND).await?;
+            for to in self.peers(from) {
+                self.wait_row(from, to, token, false).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn prove_that(&mut self, from: &str, to: &str, by: &'static str, began: Instant) {
+        let milliseconds = began.elapsed().as_secs_f64() * 1000.0;
+        self.proof.push(Proof { from: from.to_owned(), to: to.to_owned(), by, milliseconds });
+    }
+
+    /// A writing query that returns a text.
+    async fn write(&self, node: &str, query: &str, params: Params<'_>) -> Result<String, Failure> {
+        let row = self.session(node)?.row(query, params, WRITE_BOUND).await?;
+        Ok(row.get(0))
+    }
+
+    async fn wait_row(&self, from: &str, to: &str, token: &String, wanted: bool) -> Result<(), Failure> {
+        let session = self.session(to)?;
+        let came = wait(self.context, self.options.patience, async || {
+            let seen: bool = session.row(sql::SETUP_SEEN, &[token], LOOK_BOUND).await?.get("seen");
+            Ok((seen == wanted).then_some(()))
+        });
+        match came.await {
+            Ok(()) => Ok(()),
+            Err(halt) => {
+                let what = if wanted { "brings no row" } else { "does not bring that a row was deleted" };
+                Err(self.halted(halt, to, from, what).await)
+            }
+        }
+    }
+
+    // ---- how it ends ----
+
+    /// What a run that did not come to its end has left.
+    fn stands(&self, mut failure: Failure, plan: &Plan) -> Failure {
+        let total = plan.steps.len();
+        if self.taken == 0 && self.closed.is_empty() {
+            failure.message.push_str("; nothing was changed");
+        } else {
+            let mut stands = format!("{} of {total} steps are done", self.taken);
+            if let Some(step) = plan.steps.get(self.taken) {
+                let _ = write!(stands, "; this one is not: {}: {}", step.node, step.action.text());
+            }
+            if !self.closed.is_empty() {
+                let closed: Vec<&str> = self.closed.iter().map(String::as_str).collect();
+                let _ = write!(stands, "\n{} stays down until init has come to its end", closed.join(", "));
+            }
+            failure = add_detail(failure, &stands);
+            failure.kind = Kind::NeedsPerson;
+        }
+        let hint = failure.hint.get_or_insert_with(|| "run init again: it goes on from there".into());
+        if !hint.contains("again") {
+            hint.push_str("; then run init again: it goes on from there");
+        }
+        failure.report.insert("taken".into(), json!(self.taken));
+        failure.report.insert("plan".into(), json!(plan));
+        failure.report.insert("closed".into(), json!(self.closed));
+        failure
+    }
+}
+
+fn add_detail(mut failure: Failure, line: &str) -> Failure {
+    failure.detail = Some(match failure.detail {
+        Some(detail) => format!("{detail}\n{line}"),
+        None => line.to_owned(),
+    });
+    failure
+}
+
+fn refused(refusal: Refusal) -> Failure {
+    let mut failure = Failure::new(Kind::Undone, format!("{}; nothing was changed", refusal.message)).hint(refusal.hint);
+    failure.detail = refusal.detail;
+    failure
+}
+
+/// Whether a node takes writes, and whether that is an earlier run's doing.
+pub fn standing(state: &facts::State) -> Standing {
+    if state.is_up() {
+        Standing::Up
+    } else if state.reason.as_deref() == Some(setup::REASON) && !state.rejoin {
+        Standing::Parked
+    } else {
+        Standing::Down
+    }
+}
+
+/// The tables that have rows.
+async fn filled(session: &Session, survey: &Survey) -> Result<Vec<String>, NodeError> {
+    let asked: Vec<String> = setup::replicated(survey)
+        .map(|table| {
+            format!("select {}::text as relation where exists (select from only {})", crate::quote::literal(&table.name), table.name)
+        })
+        .collect();
+    if asked.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = session.rows(&asked.join(" union all "), &[], LOOK_BOUND).await?;
+    Ok(rows.iter().map(|row| row.get("relation")).collect())
+}
+
+/// How many rows a table has, and a sum over them that does not depend on their order, nor on the order of the columns.
+async fn content(session: &Session, table: &Table) -> Result<Content, NodeError> {
+    let mut columns: Vec<&str> = table.columns.iter().map(|column| column.name.as_str()).collect();
+    columns.sort_unstable();
+    let query = format!(
+        "select count(*) as rows, coalesce(sum(hashtextextended(row({})::text, 0)::numeric), 0)::text as checksum from only {}",
+        columns.join(", "),
+        table.name
+    );
+    // What a value looks like as text must not depend on the server.
+    let alike = "set timezone = 'UTC'; set datestyle = 'ISO'; set intervalstyle = 'postgres'; set extra_float_digits = 1; \
+                 set bytea_output = 'hex'; set xmloption = 'content'";
+    session.run(alike, LOOK_BOUND).await?;
+    let row = session.row(&query, &[], COMPARE_BOUND).await?;
+    Ok(Content { rows: row.get("rows"), checksum: row.get("checksum") })
+}

@@ -1,0 +1,701 @@
+//! From what the nodes are to what makes them a set that replicates: the steps of `init`, in order, each with its reason. Pure.
+//!
+//! The plan is made anew by every run out of what is there, so a run that was cut off is continued by the next one. Deliberately
+//! runs nothing: `cmd/init.rs` does, and `check.rs` says what no statement can mend.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+use crate::check::{Finding, Mends, Remedy, Verdict};
+use crate::config::{Config, Node};
+use crate::conninfo::Conninfo;
+use crate::grants;
+use crate::quote::{literal, name};
+use crate::survey::{Subscription, Survey, Table};
+
+/// The reason that a node is given which `init` takes down: by it a later run knows that it may open the node again.
+pub const REASON: &str = "set-up by stillebot-agent init";
+
+/// What `check` finds and statements of `init` mend, in the order in which they are run on a node.
+const BEFORE: [&str; 6] =
+    ["replication_role", "replication_reads", "agent_role", "extension", "stillebot.node", "publication"];
+/// The same, of subscriptions that are there.
+const OF_SUBSCRIPTIONS: [&str; 5] = [
+    "subscription_origin",
+    "subscription_streaming",
+    "subscription_disable_on_error",
+    "subscription_publication",
+    "subscription_connection",
+];
+/// What is an error before `init` and none after it.
+const MENDED: [&str; 5] = ["agent_grants", "identity", "subscription", "subscription_enabled", "subscription_copying"];
+/// What only seems wrong from here, and is proved at the end.
+const SEEN_FROM_HERE: [&str; 2] = ["agent_addresses", "replication_addresses"];
+
+/// One node before `init`.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    /// What it tells.
+    pub survey: Survey,
+    /// Whether it takes writes.
+    pub standing: Standing,
+    /// Its tables that have rows. Counted only where more than one node has some.
+    pub filled: BTreeMap<String, Option<Content>>,
+}
+
+/// Whether a node takes writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Standing {
+    /// It does.
+    #[default]
+    Up,
+    /// Somebody has taken it down, and it stays so.
+    Down,
+    /// An earlier `init` has taken it down.
+    Parked,
+}
+
+/// The rows of a table.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Content {
+    /// How many.
+    pub rows: i64,
+    /// The same for the same rows, in whatever order.
+    pub checksum: String,
+}
+
+/// What the operator says.
+#[derive(Debug, Clone, Default)]
+pub struct Wish {
+    /// The node that has the data.
+    pub from: Option<String>,
+    /// All nodes have the same rows already.
+    pub assume_identical: bool,
+    /// The name of the set of nodes, if none has one yet.
+    pub fresh_pair: String,
+}
+
+/// What is done on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "action", rename_all = "snake_case")]
+pub enum Action {
+    /// One statement.
+    Run {
+        /// Without a semicolon.
+        statement: String,
+    },
+    /// It is taken down.
+    Close,
+    /// What all others have written is waited for.
+    Gather,
+    /// All nodes are compared.
+    Compare,
+    /// A subscription is made, disabled, and it is looked for its slot on the very publisher that is meant.
+    Subscribe {
+        /// To whom.
+        publisher: String,
+        /// With the rows that are there.
+        copy: bool,
+        /// The statement.
+        statement: String,
+    },
+    /// A subscription is enabled.
+    Enable {
+        /// To whom.
+        publisher: String,
+        /// The statement.
+        statement: String,
+    },
+    /// Initial copies are waited for.
+    Copy,
+    /// It is opened again.
+    Open,
+    /// A row makes the round trip.
+    Prove,
+}
+
+/// One step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Step {
+    /// Where.
+    pub node: String,
+    /// What.
+    #[serde(flatten)]
+    pub action: Action,
+    /// Why.
+    pub why: String,
+}
+
+/// All steps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Plan {
+    /// In order.
+    pub steps: Vec<Step>,
+    /// Whose rows are copied, if any are.
+    pub source: Option<String>,
+    /// The nodes whose tables must still be empty once nobody can write there.
+    pub newcomers: Vec<String>,
+}
+
+/// Why there is no plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// What is in the way.
+    pub message: String,
+    /// All of it.
+    pub detail: Option<String>,
+    /// What to do.
+    pub hint: String,
+}
+
+impl Refusal {
+    fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { message: message.into(), detail: None, hint: hint.into() }
+    }
+
+    fn detail(mut self, detail: impl Into<String>) -> Self {
+        self.detail = Some(detail.into());
+        self
+    }
+}
+
+impl Action {
+    /// As people read it.
+    pub fn text(&self) -> String {
+        match self {
+            Self::Run { statement } | Self::Subscribe { statement, .. } | Self::Enable { statement, .. } => {
+                format!("{statement};")
+            }
+            Self::Close => format!("select stillebot_down({});", literal(REASON)),
+            Self::Gather => "wait for what the other nodes have written".into(),
+            Self::Compare => "compare the rows of all tables on all nodes".into(),
+            Self::Copy => "wait for the initial copies".into(),
+            Self::Open => "select stillebot_up();".into(),
+            Self::Prove => "write a row here and have every other node answer it".into(),
+        }
+    }
+}
+
+/// What no statement of `init` mends.
+pub fn preconditions(findings: &[Finding]) -> Result<(), Refusal> {
+    let by_init = |finding: &Finding| {
+        MENDED.contains(&finding.subject)
+            || SEEN_FROM_HERE.contains(&finding.subject)
+            || (finding.mends == Some(Mends::Sql)
+                && (BEFORE.contains(&finding.subject) || OF_SUBSCRIPTIONS.contains(&finding.subject)))
+    };
+    // A node that has another name than the configuration gives it is most likely another node.
+    let swapped = |finding: &Finding| {
+        (finding.subject == "stillebot.node" && finding.verdict > Verdict::Ok && finding.found != "not set")
+            || (finding.subject == "identity" && finding.verdict == Verdict::Error)
+    };
+    let wrong: Vec<&Finding> = findings
+        .iter()
+        .filter(|finding| (finding.verdict == Verdict::Error && !by_init(finding)) || swapped(finding))
+        .collect();
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    let mut detail = String::new();
+    for finding in &wrong {
+        let about = finding.about.iter().chain(&finding.peer).fold(String::new(), |all, one| all + " " + one);
+        let _ = writeln!(
+            detail,
+            "{}: {}{about}: {}; needed: {}",
+            finding.node, finding.subject, finding.found, finding.needed
+        );
+    }
+    let things = if wrong.len() == 1 { "one thing is".into() } else { format!("{} things are", wrong.len()) };
+    Err(Refusal::new(
+        format!("{things} in the way that init does not mend"),
+        "`stillebot-agent check` says how to mend each; then run init again",
+    )
+    .detail(detail.trim_end()))
+}
+
+/// The steps, or why there are none.
+pub fn plan(
+    config: &Config,
+    nodes: &BTreeMap<String, Seen>,
+    findings: &[Finding],
+    wish: &Wish,
+) -> Result<Plan, Refusal> {
+    preconditions(findings)?;
+    let planner = Planner { config, nodes, findings, wish };
+    let pair = planner.pair()?;
+    let names = planner.renames()?;
+    let data = planner.data(&names)?;
+
+    let mut steps = Vec::new();
+    for node in planner.names() {
+        planner.prepare(node, &mut steps);
+        planner.identify(node, &pair, &mut steps);
+    }
+    for node in planner.names() {
+        planner.tidy(node, &names, &data, &mut steps);
+    }
+    planner.refuse_writes_while_down(&steps)?;
+    for node in &data.closed {
+        let why = if data.compare { "while rows are compared, nobody may change any" } else { CLOSE_WHY };
+        steps.push(step(node, Action::Close, why));
+    }
+    if let Some(source) = &data.source
+        && data.copies.len() + 1 < nodes.len()
+    {
+        steps.push(step(source, Action::Gather, "the copy has to have everything, for it is made of one node only"));
+    }
+    if data.compare {
+        let why = "nothing is copied, so the rows have to be the same already";
+        steps.push(step(&config.nodes[0].name, Action::Compare, why));
+    }
+    planner.subscribe(&names, &data, &mut steps)?;
+    planner.enable(&names, &mut steps);
+    let unfinished = |node: &&str| {
+        data.copies.contains(*node)
+            || nodes[*node].survey.subscriptions.iter().any(|found| planner.is_ours(found) && found.copying > 0)
+    };
+    for node in planner.names().filter(unfinished) {
+        steps.push(step(node, Action::Copy, "until then it has not everything"));
+    }
+    let opened = |node: &&str| data.closed.contains(*node) || nodes[*node].standing == Standing::Parked;
+    for node in planner.names().filter(opened) {
+        steps.push(step(node, Action::Open, "it was writable before"));
+    }
+    if !steps.is_empty() {
+        let standing = |node: &&str| opened(node) || nodes[*node].standing == Standing::Up;
+        let node = data.source.as_deref().filter(standing).or_else(|| planner.names().find(standing));
+        let node = node.unwrap_or(&config.nodes[0].name);
+        steps.push(step(node, Action::Prove, "replication is there when a row has gone both ways"));
+    }
+    Ok(Plan { steps, source: data.source, newcomers: data.copies.into_iter().collect() })
+}
+
+const CLOSE_WHY: &str = "nobody may write there until it has everything and is heard by the others";
+
+fn step(node: &str, action: Action, why: &str) -> Step {
+    Step { node: node.to_owned(), action, why: why.to_owned() }
+}
+
+fn run(node: &str, statement: impl Into<String>, why: &str) -> Step {
+    step(node, Action::Run { statement: statement.into() }, why)
+}
+
+/// What becomes of the rows.
+#[derive(Debug, Default)]
+struct Data {
+    source: Option<String>,
+    /// The nodes that get a copy of the source.
+    copies: BTreeSet<String>,
+    /// The nodes to be taken down.
+    closed: Vec<String>,
+    /// Nothing is copied; all nodes are compared.
+    compare: bool,
+}
+
+/// Of each subscriber and publisher: the subscription that is there, and what it is called now.
+type Names<'a> = BTreeMap<(&'a str, &'a str), &'a Subscription>;
+
+struct Planner<'a> {
+    config: &'a Config,
+    nodes: &'a BTreeMap<String, Seen>,
+    findings: &'a [Finding],
+    wish: &'a Wish,
+}
+
+impl<'a> Planner<'a> {
+    fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.config.nodes.iter().map(|node| node.name.as_str())
+    }
+
+    fn seen(&self, node: &str) -> &'a Seen {
+        &self.nodes[node]
+    }
+
+    /// Subscriber and publisher, everybody with everybody.
+    fn directions(&self) -> impl Iterator<Item = (&'a Node, &'a Node)> {
+        let nodes = &self.config.nodes;
+        nodes
+            .iter()
+            .flat_map(move |publisher| nodes.iter().map(move |subscriber| (subscriber, publisher)))
+            .filter(|(subscriber, publisher)| subscriber.name != publisher.name)
+    }
+
+    fn is_ours(&self, found: &Subscription) -> bool {
+        is_ours(self.config, found)
+    }
+
+    // ---- who belongs together ----
+
+    fn pair(&self) -> Result<String, Refusal> {
+        let told: BTreeSet<&str> = self
+            .nodes
+            .values()
+            .filter_map(|seen| seen.survey.identity.as_ref())
+            .map(|identity| identity.pair.as_str())
+            .collect();
+        match told.len() {
+            0 => Ok(self.wish.fresh_pair.clone()),
+            1 => Ok(told.into_iter().next().unwrap_or_default().to_owned()),
+            _ => Err(Refusal::new(
+                "the nodes belong to different sets of nodes",
+                "check node.host; `deinit` on the set that a node is to leave makes it free",
+            )),
+        }
+    }
+
+    /// What subscriptions there are, whatever number of nodes they were made for. With two nodes the name has no peer in it,
+    /// so of two nodes that have such a one each is the other's peer.
+    fn renames(&self) -> Result<Names<'a>, Refusal> {
+        let plain = &self.config.subscription;
+        let of = |node: &str, name: &str| {
+            self.seen(node).survey.subscriptions.iter().find(|found| found.name == name && self.is_ours(found))
+        };
+        let holders: Vec<&str> = self.names().filter(|node| of(node, plain).is_some()).collect();
+        let two = self.config.nodes.len() <= 2;
+        if !two && !holders.is_empty() && holders.len() != 2 {
+            return Err(Refusal::new(
+                format!("the publisher of subscription {plain} on {} is not known", holders.join(", ")),
+                format!("rename it to {plain}_NODE after its publisher, or drop it; then run init again"),
+            ));
+        }
+        let mut names = Names::new();
+        for (subscriber, publisher) in self.directions() {
+            let (subscriber, publisher) = (subscriber.name.as_str(), publisher.name.as_str());
+            let pairwise = two || (holders.contains(&subscriber) && holders.contains(&publisher));
+            let found = of(subscriber, &format!("{plain}_{publisher}"))
+                .or_else(|| pairwise.then(|| of(subscriber, plain)).flatten());
+            if let Some(found) = found {
+                names.insert((subscriber, publisher), found);
+            }
+        }
+        Ok(names)
+    }
+
+    // ---- where the rows are ----
+
+    /// Nodes that have the same rows because they replicate to each other.
+    fn groups(&self, names: &Names<'_>) -> Vec<BTreeSet<&'a str>> {
+        let mut groups: Vec<BTreeSet<&str>> = self.names().map(|node| BTreeSet::from([node])).collect();
+        for (subscriber, publisher) in names.keys() {
+            let at = |node: &str, groups: &[BTreeSet<&str>]| groups.iter().position(|group| group.contains(node));
+            if let (Some(a), Some(b)) = (at(subscriber, &groups), at(publisher, &groups))
+                && a != b
+            {
+                let (low, high) = (a.min(b), a.max(b));
+                let joined = groups.remove(high);
+                groups[low].extend(joined);
+            }
+        }
+        groups
+    }
+
+    fn data(&self, names: &Names<'_>) -> Result<Data, Refusal> {
+        let groups = self.groups(names);
+        // Of what was written where the subscription away from it is missing nothing is known, unless set-up has closed it.
+        let unheard = self.directions().find(|(subscriber, publisher)| {
+            let (subscriber, publisher) = (subscriber.name.as_str(), publisher.name.as_str());
+            !names.contains_key(&(subscriber, publisher))
+                && groups.iter().any(|group| group.contains(subscriber) && group.contains(publisher))
+                && self.seen(publisher).standing != Standing::Parked
+        });
+        if let Some((subscriber, publisher)) = unheard
+            && !self.wish.assume_identical
+        {
+            return Err(Refusal::new(
+                format!(
+                    "{} has no subscription to {}, although they have replicated: what was written there meanwhile is not known",
+                    subscriber.name, publisher.name
+                ),
+                "`init --assume-identical` compares all rows first; if they differ, `deinit`, empty the tables of one node, and \
+                 run init again",
+            ));
+        }
+        let filled: Vec<&BTreeSet<&str>> =
+            groups.iter().filter(|group| group.iter().any(|node| !self.seen(node).filled.is_empty())).collect();
+        let up = |node: &&str| self.seen(node).standing == Standing::Up;
+        if self.wish.assume_identical && (groups.len() > 1 || unheard.is_some()) {
+            self.refuse_from("nothing is copied with --assume-identical")?;
+            self.differences(&groups, true)?;
+            let closed = self.names().filter(up).map(str::to_owned).collect();
+            return Ok(Data { closed, compare: true, ..Data::default() });
+        }
+        if groups.len() == 1 {
+            self.refuse_from("nothing is left to be copied")?;
+            return Ok(Data::default());
+        }
+        if filled.len() > 1 {
+            self.differences(&groups, false)?;
+        }
+        let first = groups.iter().find(|group| self.names().next().is_some_and(|node| group.contains(node)));
+        let chosen = |group: &&BTreeSet<&str>| self.wish.from.as_deref().is_none_or(|from| group.contains(from));
+        let home = match filled.first() {
+            Some(home) if chosen(home) => *home,
+            Some(home) => {
+                let home: Vec<&str> = home.iter().copied().collect();
+                return Err(Refusal::new(
+                    format!(
+                        "{} has rows, which a copy from {} would collide with",
+                        home.join(" and "),
+                        self.wish.from.as_deref().unwrap_or_default()
+                    ),
+                    format!("empty its tables, or say --from {}", home[0]),
+                ));
+            }
+            None => groups.iter().find(|group| self.wish.from.is_some() && chosen(group)).or(first).unwrap_or(&groups[0]),
+        };
+        let members = || self.names().filter(|node| home.contains(node));
+        let source = match self.wish.from.as_deref() {
+            Some(from) => from,
+            // Whoever is being written goes on being written.
+            None => members().find(up).or_else(|| members().next()).unwrap_or_default(),
+        };
+        Ok(Data {
+            source: Some(source.to_owned()),
+            copies: self.names().filter(|node| !home.contains(node)).map(str::to_owned).collect(),
+            closed: self.names().filter(|node| *node != source).filter(up).map(str::to_owned).collect(),
+            compare: false,
+        })
+    }
+
+    fn refuse_from(&self, why: &str) -> Result<(), Refusal> {
+        match &self.wish.from {
+            Some(from) => Err(Refusal::new(format!("{why}, not from {from} either"), "leave --from away")),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses unless the rows are the same and that is what the operator expects.
+    fn differences(&self, groups: &[BTreeSet<&str>], expected: bool) -> Result<(), Refusal> {
+        let speakers: Vec<&str> = groups.iter().filter_map(|group| group.iter().next().copied()).collect();
+        let tables: BTreeSet<&str> =
+            self.nodes.values().flat_map(|seen| seen.filled.keys().map(String::as_str)).collect();
+        let mut detail = String::new();
+        let mut shared = String::new();
+        for table in tables {
+            let contents: Vec<Option<&Content>> =
+                speakers.iter().map(|node| self.seen(node).filled.get(table).and_then(Option::as_ref)).collect();
+            let has_rows: Vec<bool> = speakers.iter().map(|node| self.seen(node).filled.contains_key(table)).collect();
+            let alike = contents.windows(2).all(|pair| pair[0] == pair[1]) && has_rows.windows(2).all(|p| p[0] == p[1]);
+            let counts: Vec<String> = speakers
+                .iter()
+                .zip(contents.iter().zip(&has_rows))
+                .map(|(node, (content, filled))| match content {
+                    Some(content) => format!("{} rows on {node}", content.rows),
+                    None if *filled => format!("rows on {node}"),
+                    None => format!("none on {node}"),
+                })
+                .collect();
+            let line = format!("{table}: {}\n", counts.join(", "));
+            if !alike {
+                detail.push_str(&line);
+            } else {
+                shared.push_str(&line);
+            }
+        }
+        if !detail.is_empty() {
+            return Err(Refusal::new(
+                "more than one node has rows, and they differ",
+                "keep one node's rows and empty the tables of the others (truncate), or make them the same and say \
+                 --assume-identical; then run init again",
+            )
+            .detail(detail.trim_end()));
+        }
+        if expected {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            "more than one node has rows, and they are the same: a copy would collide with them",
+            "say --assume-identical, and they are compared while nobody can write, and nothing is copied",
+        )
+        .detail(shared.trim_end()))
+    }
+
+    // ---- the steps ----
+
+    fn remedies(&self, node: &str, subjects: &'a [&str]) -> impl Iterator<Item = (&'a Finding, &'a str, &'a str)> {
+        let findings = self.findings;
+        let node = node.to_owned();
+        subjects
+            .iter()
+            .flat_map(move |subject| findings.iter().filter(move |finding| finding.subject == *subject))
+            .filter(move |finding| finding.node == node && finding.mends == Some(Mends::Sql))
+            .flat_map(|finding| {
+                finding.remedy.iter().filter_map(move |remedy| match remedy {
+                    Remedy::Sql { node, statement } => Some((finding, node.as_str(), statement.as_str())),
+                    _ => None,
+                })
+            })
+    }
+
+    fn prepare(&self, node: &str, steps: &mut Vec<Step>) {
+        let survey = &self.seen(node).survey;
+        let mut statements = BTreeSet::new();
+        for (finding, at, statement) in self.remedies(node, &BEFORE) {
+            // What the role may do is told once, below, and with the extension there.
+            let is_grant = finding.subject == "agent_role" && statement.starts_with("grant ");
+            if !is_grant && statements.insert((at, statement)) {
+                steps.push(run(at, statement, &finding.found));
+            }
+        }
+        let anew = survey.about.extension.is_none() || survey.about.extension != survey.about.extension_available;
+        let known = |grant: &grants::Grant| {
+            self.config.active.as_ref().is_none_or(|active| {
+                survey.tables.iter().any(|table| table.name == table_name(&active.place))
+                    || (grant.schema != active.place.0 && grant.name != active.place.0)
+            })
+        };
+        for (grant, there) in &survey.missing_grants {
+            if *there || (anew && known(grant)) {
+                steps.push(run(node, &grant.statement, "what the agent needs, and nothing more"));
+            }
+        }
+    }
+
+    fn identify(&self, node: &str, pair: &str, steps: &mut Vec<Step>) {
+        if self.seen(node).survey.identity.is_none() {
+            let statement = format!("select multihome.identify({}, {})", literal(node), literal(pair));
+            steps.push(run(node, statement, "so that a copy of it knows that it is not this node"));
+        }
+    }
+
+    /// Old names, and what earlier set-ups have left.
+    fn tidy(&self, node: &'a str, names: &Names<'_>, data: &Data, steps: &mut Vec<Step>) {
+        for peer in self.config.nodes.iter().filter(|peer| peer.name != node) {
+            let wanted = self.config.subscription_to(&peer.name);
+            let (Some(found), Some(own)) = (names.get(&(node, peer.name.as_str())), self.config.node(node)) else {
+                continue;
+            };
+            if found.name != wanted {
+                let (old, new) = (name(&found.name), name(&wanted));
+                steps.push(run(node, format!("alter subscription {old} rename to {new}"), "with the number of nodes names change"));
+                let conninfo = literal(&Conninfo::wanted(self.config, own, peer).to_string());
+                let statement = format!("alter subscription {new} connection {conninfo}");
+                steps.push(run(node, statement, "application_name is the subscription's name"));
+            }
+        }
+        let anew = self.seen(node).survey.about.extension.is_none();
+        if data.copies.contains(node) && self.seen(node).standing == Standing::Up && !anew {
+            let why = "what is left of an earlier set-up would collide with the copy";
+            steps.push(run(node, "delete from multihome.probe", why));
+            steps.push(run(node, "select multihome.upkeep()", why));
+        }
+    }
+
+    /// A node that is down is not opened only to be set up.
+    fn refuse_writes_while_down(&self, steps: &[Step]) -> Result<(), Refusal> {
+        let writes = |statement: &str| {
+            !statement.starts_with("alter subscription ") && !statement.starts_with("select multihome.identify(")
+        };
+        let refused = steps.iter().find(|step| {
+            self.seen(&step.node).standing != Standing::Up
+                && matches!(&step.action, Action::Run { statement } if writes(statement))
+        });
+        match refused {
+            None => Ok(()),
+            Some(step) => Err(Refusal::new(
+                format!("{} is down, and this has to be written there: {}", step.node, step.action.text()),
+                format!("`up {}`, and run init again", step.node),
+            )),
+        }
+    }
+
+    fn subscribe(&self, names: &Names<'_>, data: &Data, steps: &mut Vec<Step>) -> Result<(), Refusal> {
+        // Copies first: what nobody has is nothing to subscribe to, and core warns of copying from a subscriber.
+        let copies = |subscriber: &Node, publisher: &Node| {
+            data.source.as_deref() == Some(&publisher.name) && data.copies.contains(&subscriber.name)
+        };
+        let mut directions: Vec<(&Node, &Node)> = self.directions().collect();
+        directions.sort_by_key(|(subscriber, publisher)| !copies(subscriber, publisher));
+        for (subscriber, publisher) in directions {
+            if names.contains_key(&(subscriber.name.as_str(), publisher.name.as_str())) {
+                continue;
+            }
+            let copy = copies(subscriber, publisher);
+            let slot = self.config.slot(&publisher.name, &subscriber.name);
+            if let Some(left) = self.seen(&publisher.name).survey.slots.iter().find(|found| found.name == slot) {
+                if left.active || !left.here {
+                    return Err(Refusal::new(
+                        format!("slot {slot} on {} is somebody else's, who may be reading it", publisher.name),
+                        "find out whose it is; drop it with pg_drop_replication_slot(), or choose another `subscription` in the \
+                         configuration",
+                    ));
+                }
+                let statement = format!("select pg_catalog.pg_drop_replication_slot({})", literal(&slot));
+                steps.push(run(&publisher.name, statement, "nobody reads it; an earlier set-up has left it"));
+            }
+            let conninfo = literal(&Conninfo::wanted(self.config, subscriber, publisher).to_string());
+            let statement = format!(
+                "create subscription {} connection {conninfo} publication {} with (slot_name = {}, origin = none, streaming = on, \
+                 copy_data = {copy}, enabled = false)",
+                name(&self.config.subscription_to(&publisher.name)),
+                name(&self.config.publication),
+                name(&slot)
+            );
+            let why = if copy {
+                format!("{} gets the rows of {}, and then what changes", subscriber.name, publisher.name)
+            } else {
+                format!("{} gets what changes on {} from now on", subscriber.name, publisher.name)
+            };
+            let publisher = publisher.name.clone();
+            steps.push(step(&subscriber.name, Action::Subscribe { publisher, copy, statement }, &why));
+        }
+        Ok(())
+    }
+
+    fn enable(&self, names: &Names<'_>, steps: &mut Vec<Step>) {
+        for node in self.names() {
+            let renamed = |about: &str| {
+                names.iter().any(|((subscriber, publisher), found)| {
+                    *subscriber == node && found.name == about && self.config.subscription_to(publisher) != about
+                })
+            };
+            for (finding, at, statement) in self.remedies(node, &OF_SUBSCRIPTIONS) {
+                if !finding.about.as_deref().is_some_and(renamed) {
+                    steps.push(run(at, statement, &finding.found));
+                }
+            }
+        }
+        for (subscriber, publisher) in self.directions() {
+            let found = names.get(&(subscriber.name.as_str(), publisher.name.as_str()));
+            if found.is_none_or(|found| !found.enabled) {
+                let subscription = name(&self.config.subscription_to(&publisher.name));
+                let statement = format!("alter subscription {subscription} enable");
+                let action = Action::Enable { publisher: publisher.name.clone(), statement };
+                steps.push(step(&subscriber.name, action, "all slots are there, so nothing can be missed"));
+            }
+        }
+    }
+}
+
+/// Whether a subscription is of this configuration, whatever number of nodes it was made for.
+pub fn is_ours(config: &Config, found: &Subscription) -> bool {
+    let rest = found.name.strip_prefix(&config.subscription);
+    let named = rest.is_some_and(|rest| {
+        rest.is_empty() || config.nodes.iter().any(|node| rest.strip_prefix('_') == Some(node.name.as_str()))
+    });
+    named && found.publications.contains(&config.publication)
+}
+
+/// The nodes whose rows have to be counted before there can be a plan: one of each group that has rows, if there are several;
+/// with nothing to be copied all groups.
+pub fn to_be_counted(config: &Config, nodes: &BTreeMap<String, Seen>, assume_identical: bool) -> Vec<String> {
+    let wish = Wish::default();
+    let planner = Planner { config, nodes, findings: &[], wish: &wish };
+    let Ok(names) = planner.renames() else { return Vec::new() };
+    let groups = planner.groups(&names);
+    let filled = groups.iter().filter(|group| group.iter().any(|node| !nodes[*node].filled.is_empty()));
+    let speakers: Vec<String> =
+        filled.filter_map(|group| group.iter().next().map(|node| (*node).to_owned())).collect();
+    if speakers.len() > 1 || (assume_identical && groups.len() > 1) { speakers } else { Vec::new() }
+}
+
+/// The tables whose rows replicate: those of partitioned ones are in their partitions.
+pub fn replicated(survey: &Survey) -> impl Iterator<Item = &Table> {
+    survey.tables.iter().filter(|table| !table.partitioned && !table.unlogged)
+}
+
+fn table_name((schema, table): &(String, String)) -> String {
+    format!("{}.{}", name(schema), name(table))
+}
