@@ -38,8 +38,8 @@
 //! Deliberately a library only so that tests can see [`hop::STEPS`]; it promises no API.
 
 pub mod alarm;
-pub mod check;
 pub mod certs;
+pub mod check;
 pub mod cli;
 pub mod clock;
 pub mod cmd;

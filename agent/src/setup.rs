@@ -259,7 +259,8 @@ pub fn plan(
     for node in planner.names().filter(unfinished) {
         steps.push(step(node, Action::Copy, "until then it has not everything"));
     }
-    let opened = |node: &&str| data.closed.contains(*node) || nodes[*node].standing == Standing::Parked;
+    let opened =
+        |node: &&str| data.closed.iter().any(|closed| closed == node) || nodes[*node].standing == Standing::Parked;
     for node in planner.names().filter(opened) {
         steps.push(step(node, Action::Open, "it was writable before"));
     }
@@ -443,7 +444,9 @@ impl<'a> Planner<'a> {
                     format!("empty its tables, or say --from {}", home[0]),
                 ));
             }
-            None => groups.iter().find(|group| self.wish.from.is_some() && chosen(group)).or(first).unwrap_or(&groups[0]),
+            None => {
+                groups.iter().find(|group| self.wish.from.is_some() && chosen(group)).or(first).unwrap_or(&groups[0])
+            }
         };
         let members = || self.names().filter(|node| home.contains(node));
         let source = match self.wish.from.as_deref() {
@@ -569,7 +572,11 @@ impl<'a> Planner<'a> {
             };
             if found.name != wanted {
                 let (old, new) = (name(&found.name), name(&wanted));
-                steps.push(run(node, format!("alter subscription {old} rename to {new}"), "with the number of nodes names change"));
+                steps.push(run(
+                    node,
+                    format!("alter subscription {old} rename to {new}"),
+                    "with the number of nodes names change",
+                ));
                 let conninfo = literal(&Conninfo::wanted(self.config, own, peer).to_string());
                 let statement = format!("alter subscription {new} connection {conninfo}");
                 steps.push(run(node, statement, "application_name is the subscription's name"));
@@ -686,8 +693,7 @@ pub fn to_be_counted(config: &Config, nodes: &BTreeMap<String, Seen>, assume_ide
     let Ok(names) = planner.renames() else { return Vec::new() };
     let groups = planner.groups(&names);
     let filled = groups.iter().filter(|group| group.iter().any(|node| !nodes[*node].filled.is_empty()));
-    let speakers: Vec<String> =
-        filled.filter_map(|group| group.iter().next().map(|node| (*node).to_owned())).collect();
+    let speakers: Vec<String> = filled.filter_map(|group| group.iter().next().map(|node| (*node).to_owned())).collect();
     if speakers.len() > 1 || (assume_identical && groups.len() > 1) { speakers } else { Vec::new() }
 }
 

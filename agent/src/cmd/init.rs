@@ -20,11 +20,11 @@ use crate::config::Node;
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts;
 use crate::failure::{Failure, Kind};
-use crate::node::{NodeError, Params, Session, Trouble};
+use crate::node::{NodeError, Params, Session};
 use crate::quote::name;
 use crate::setup::{self, Action, Content, Plan, Refusal, Seen, Standing, Step, Wish};
-use crate::survey::{self, Survey, Table};
 use crate::sql;
+use crate::survey::{self, Survey, Table};
 
 use super::progress::Progress;
 
@@ -108,6 +108,11 @@ struct Proof {
 }
 
 impl Proof {
+    fn of(from: &str, to: &str, by: &'static str, began: Instant) -> Self {
+        let milliseconds = began.elapsed().as_secs_f64() * 1000.0;
+        Self { from: from.to_owned(), to: to.to_owned(), by, milliseconds }
+    }
+
     fn json(&self) -> Value {
         json!({"from": self.from, "to": self.to, "by": self.by, "milliseconds": self.milliseconds})
     }
@@ -252,7 +257,8 @@ impl<'a> Work<'a> {
         session.row(sql::DOWN, params, DRAIN + LOOK_BOUND).await.map_err(|error| {
             let mut failure = Failure::from(error);
             if failure.detail.is_some() {
-                failure.hint = Some(IN_THE_WAY.replace(", or end them with --terminate", ", or end them, and run it again"));
+                failure.hint =
+                    Some(IN_THE_WAY.replace(", or end them with --terminate", ", or end them, and run it again"));
             }
             failure
         })?;
@@ -365,7 +371,9 @@ impl<'a> Work<'a> {
             // The publisher would go on, and leave a slot that nobody reads.
             source.rows(sql::SETUP_STOP_MAKING, &[&slot], LOOK_BOUND).await?;
             if failure.message.contains("would replicate this database to itself") {
-                failure.hint = Some(format!("check host and port of {publisher} in the configuration, under [node.replication] too"));
+                failure.hint = Some(format!(
+                    "check host and port of {publisher} in the configuration, under [node.replication] too"
+                ));
             }
             return Err(failure);
         }
@@ -512,6 +520,7 @@ impl<'a> Work<'a> {
 
     async fn prove(&mut self, first: &str) -> Result<(), Failure> {
         let mut written = Vec::new();
+        let mut proof = Vec::new();
         let others = self.peers(first);
         for from in std::iter::once(self.context.node(first)?.name.as_str()).chain(others) {
             let state = facts::state(self.session(from)?, LOOK_BOUND).await?;
@@ -519,14 +528,14 @@ impl<'a> Work<'a> {
             if !state.is_up() {
                 for to in self.peers(from) {
                     self.caught_up(from, to).await?;
-                    self.prove_that(from, to, "position", began);
+                    proof.push(Proof::of(from, to, "position", began));
                 }
                 continue;
             }
             let token = self.write(from, sql::SETUP_PROBE, &[&from]).await?;
             for to in self.peers(from) {
                 self.wait_row(from, to, &token, true).await?;
-                self.prove_that(from, to, "row", began);
+                proof.push(Proof::of(from, to, "row", began));
             }
             written.push((from, token));
         }
@@ -537,12 +546,8 @@ impl<'a> Work<'a> {
                 self.wait_row(from, to, token, false).await?;
             }
         }
+        self.proof = proof;
         Ok(())
-    }
-
-    fn prove_that(&mut self, from: &str, to: &str, by: &'static str, began: Instant) {
-        let milliseconds = began.elapsed().as_secs_f64() * 1000.0;
-        self.proof.push(Proof { from: from.to_owned(), to: to.to_owned(), by, milliseconds });
     }
 
     /// A writing query that returns a text.
@@ -605,7 +610,8 @@ fn add_detail(mut failure: Failure, line: &str) -> Failure {
 }
 
 fn refused(refusal: Refusal) -> Failure {
-    let mut failure = Failure::new(Kind::Undone, format!("{}; nothing was changed", refusal.message)).hint(refusal.hint);
+    let mut failure =
+        Failure::new(Kind::Undone, format!("{}; nothing was changed", refusal.message)).hint(refusal.hint);
     failure.detail = refusal.detail;
     failure
 }
@@ -625,7 +631,11 @@ pub fn standing(state: &facts::State) -> Standing {
 async fn filled(session: &Session, survey: &Survey) -> Result<Vec<String>, NodeError> {
     let asked: Vec<String> = setup::replicated(survey)
         .map(|table| {
-            format!("select {}::text as relation where exists (select from only {})", crate::quote::literal(&table.name), table.name)
+            format!(
+                "select {}::text as relation where exists (select from only {})",
+                crate::quote::literal(&table.name),
+                table.name
+            )
         })
         .collect();
     if asked.is_empty() {

@@ -19,8 +19,8 @@ use crate::stop::Signals;
 
 pub mod activate;
 mod admin;
-pub mod check;
 pub mod certs;
+pub mod check;
 pub mod conflicts;
 pub mod deinit;
 pub mod down;

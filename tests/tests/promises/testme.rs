@@ -183,9 +183,8 @@ impl Pair {
 
     /// Allows exactly this error of an apply worker.
     fn expect_violation(&self, constraint: &str) {
-        self.cluster.expect_log(format!(
-            r#"worker ERROR:  duplicate key value violates unique constraint "{constraint}""#
-        ));
+        self.cluster
+            .expect_log(format!(r#"worker ERROR:  duplicate key value violates unique constraint "{constraint}""#));
     }
 
     /// The notes' second way: disable replication, make the changes, enable it again. In between, what each side has to
