@@ -11,6 +11,7 @@ use crate::condition::Size;
 use crate::config::{Config, Family, Node, TlsMode};
 use crate::conninfo::Conninfo;
 use crate::hba::{self, Caller, Guard, Rule};
+use crate::inspect;
 use crate::node::{ADDRESS_BOUND, Answer};
 use crate::quote::{literal, name};
 use crate::survey::{Column, Key, LEAST_VERSION, Sequence, Subscription, Survey, Table};
@@ -241,6 +242,20 @@ pub struct Seen<'a> {
 /// A node that could not be asked.
 pub fn unreachable(node: &str, found: &str, needed: &str) -> Finding {
     Finding::error("connection", node).found(found).needed(needed)
+}
+
+/// A certificate in use, as `certs check` finds it.
+pub fn certificate(seen: &inspect::Finding) -> Finding {
+    let verdict = match seen.level {
+        inspect::Level::Well => Verdict::Ok,
+        inspect::Level::Unknown => Verdict::Unknown,
+        inspect::Level::Warning => Verdict::Warning,
+        inspect::Level::Error => Verdict::Error,
+    };
+    Finding::new("certificate", &seen.node, verdict)
+        .about(seen.what.clone())
+        .found(if seen.text.is_empty() { "well" } else { &seen.text })
+        .needed("valid, leading to the root, and in use as it is on disk: see `certs check`")
 }
 
 /// All findings, node by node in the order of the configuration.

@@ -5,7 +5,7 @@
 //! nobody to catch it, so whatever may raise there is declared here, unwrapped: the ERROR then passes over our frames,
 //! which hold nothing to drop, straight to PostgreSQL's own handler with all its fields intact.
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
 
 use pgrx::pg_sys;
@@ -350,7 +350,7 @@ pub fn my_subscription() -> Option<(u32, u32)> {
     // SAFETY: null, or an entry that lives as long as the process; the name ends with a NUL.
     let name = unsafe {
         let entry = pg_sys::MyBgworkerEntry.as_ref()?;
-        std::ffi::CStr::from_ptr(entry.bgw_name.as_ptr()).to_str().ok()?
+        CStr::from_ptr(entry.bgw_name.as_ptr()).to_str().ok()?
     };
     // logical replication tablesync worker for subscription %u sync %u
     let number = |after: &str| name.split_once(after)?.1.split(' ').next()?.parse().ok();
@@ -557,7 +557,7 @@ pub fn from_server_encoding(bytes: &[u8]) -> String {
         if std::ptr::eq(converted, start) {
             String::from_utf8_lossy(bytes).into_owned()
         } else {
-            std::ffi::CStr::from_ptr(converted).to_string_lossy().into_owned()
+            CStr::from_ptr(converted).to_string_lossy().into_owned()
         }
     }
 }
@@ -587,6 +587,21 @@ pub unsafe fn alter_setting(database: pg_sys::Oid, statement: *mut pg_sys::Varia
     unsafe { guarded(|| AlterSetting(database, pg_sys::InvalidOid, statement)) }
 }
 
+/// Removes a setting from a database, in a hook: what PostgreSQL raises passes over this frame, which holds nothing to drop.
+///
+/// # Safety
+/// A transaction is in progress.
+pub unsafe fn reset_setting(database: pg_sys::Oid, setting: &'static CStr) {
+    // SAFETY: of a statement that resets, only the kind and the name are looked at, and the name lives for ever.
+    unsafe {
+        let mut statement: pg_sys::VariableSetStmt = std::mem::zeroed();
+        statement.type_ = pg_sys::NodeTag::T_VariableSetStmt;
+        statement.kind = pg_sys::VariableSetKind::VAR_RESET;
+        statement.name = setting.as_ptr().cast_mut();
+        AlterSetting(database, pg_sys::InvalidOid, &raw mut statement);
+    }
+}
+
 /// # Safety
 /// `statement` is an AlterSubscriptionStmt from PostgreSQL's parser, and no transaction block is open. It may raise:
 /// only called from guarded functions.
@@ -599,7 +614,7 @@ pub unsafe fn alter_subscription(statement: *mut pg_sys::Node) {
 }
 
 /// Sends a notification at commit.
-pub fn notify(channel: &std::ffi::CStr, payload: &std::ffi::CStr) {
+pub fn notify(channel: &CStr, payload: &CStr) {
     // SAFETY: both strings are copied. It may raise: only called from guarded functions.
     unsafe { guarded(|| Async_Notify(channel.as_ptr(), payload.as_ptr())) }
 }

@@ -342,7 +342,7 @@ unsafe extern "C-unwind" fn object_access(
                 enter(Effect::Perhaps);
             }
             pg_sys::ObjectAccessType::OAT_DROP if class == pg_sys::ExtensionRelationId => {
-                refuse_to_drop_a_record(object);
+                before_drop(object);
             }
             _ => {}
         }
@@ -427,12 +427,13 @@ unsafe fn refuse_to_touch_the_record(node: *mut pg_sys::Node) {
 
 /// Dropped from a database that is marked as the only writable node, the extension would leave the mark behind: the
 /// database would come back closed from its next restart, and nothing there to open it. (One that is down refuses the
-/// DROP like any other change.) An identity that was left behind would close a copy of it with nothing there to open that.
+/// DROP like any other change.) An identity goes with the extension: left behind, it would close a copy of the database with
+/// nothing there to open that.
 ///
 /// # Safety
 /// Called while `extension` is about to be dropped.
-unsafe fn refuse_to_drop_a_record(extension: pg_sys::Oid) {
-    // SAFETY: a transaction is in progress.
+unsafe fn before_drop(extension: pg_sys::Oid) {
+    // SAFETY: a transaction is in progress, and with its end the removal is undone or done.
     unsafe {
         if extension != compat::get_extension_oid(c"stillebot".as_ptr(), true) {
             return;
@@ -441,7 +442,7 @@ unsafe fn refuse_to_drop_a_record(extension: pg_sys::Oid) {
             refuse_command(c"DROP EXTENSION stillebot", hint_at_sole);
         }
         if !catalog::recorded(pg_sys::MyDatabaseId, catalog::IDENTITY).is_null() {
-            refuse_command(c"DROP EXTENSION stillebot", hint_at_identity);
+            compat::reset_setting(pg_sys::MyDatabaseId, catalog::IDENTITY);
         }
     }
 }

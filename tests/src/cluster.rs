@@ -26,6 +26,8 @@ use crate::{
 
 /// The nodes' names, in order.
 pub const NAMES: [&str; 3] = ["sikorsky", "gideon", "rodan"];
+/// What the nodes of a cluster have in common.
+pub const PAIR: &str = "0b0f3a5c-7c1e-4e5b-9d57-5a9f0c1de001";
 /// The database that replicates.
 pub const DATABASE: &str = "stillebot";
 
@@ -184,6 +186,7 @@ impl ClusterBuilder {
         if self.extension {
             database.batch_execute("create extension stillebot").await?;
             database.batch_execute(&AGENT_GRANTS.replace("{role}", "stillebot_agent")).await?;
+            database.batch_execute(&format!("select multihome.identify('{}', '{PAIR}')", node.name())).await?;
         }
         database.batch_execute(&format!("set role rosuav; {BOT_TABLES} reset role;")).await?;
         database

@@ -15,6 +15,7 @@ use crate::check::{self, Finding, Place, Remedy, Seen, Verdict};
 use crate::config::Node;
 use crate::crew::{CONNECT_BOUND, LOOK_BOUND};
 use crate::failure::{Failure, Kind};
+use crate::inspect;
 use crate::node::{NodeError, Trouble, try_each};
 use crate::survey::{self, Survey};
 
@@ -45,8 +46,11 @@ impl Looked {
 
 /// Runs it.
 pub async fn run(context: &Context, verbose: bool) -> Result<Reply, Failure> {
-    let looked = look(context).await;
-    let findings = looked.findings(context);
+    let (looked, certificates) = join(look(context), inspect::findings(context)).await;
+    let mut findings = looked.findings(context);
+    // Why one could not be looked at is told of its node or subscription already.
+    let known = certificates.iter().filter(|certificate| certificate.level != inspect::Level::Unknown);
+    findings.extend(known.map(check::certificate));
     let worst = findings.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok);
     let kind = match worst {
         _ if !looked.errors.is_empty() => Some(Kind::Unreachable),

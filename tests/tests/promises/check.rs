@@ -244,6 +244,7 @@ async fn what_is_wrong_with_publications_and_subscriptions_is_found_and_mended()
     cluster.expect_log("does not exist");
     cluster.expect_log("terminating logical replication worker due to administrator command");
     cluster.expect_log("WARNING:  subscription was created, but is not connected");
+    cluster.expect_log("has origin = any");
     let other = "create table stillebot.extra (a integer primary key)";
     for node in cluster.nodes() {
         node.execute(DATABASE, other).await?;
@@ -327,6 +328,7 @@ async fn passwords_of_subscriptions_are_not_shown_to_the_agent() -> Result<()> {
     }
     cluster.expect_log(" 42601 ");
     cluster.expect_log("WARNING:  subscription was created, but is not connected");
+    cluster.expect_log("has origin = any");
     cluster.finish().await
 }
 
@@ -556,6 +558,7 @@ async fn a_subscription_gives_up_a_dead_address_and_takes_the_next() -> Result<(
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     let port = sikorsky.port();
     let _deaf = Deaf::at(format!("[::1]:{port}").parse()?).await?;
+    cluster.expect_log(" 55006 "); // A worker is back before the one before it has let go.
     cluster.expect_log("terminating logical replication worker due to administrator command");
     // What libpq makes of a name with two addresses, without a resolver: the same name twice.
     let connection: String = gideon.value(DATABASE, "select subconninfo from pg_subscription").await?;
