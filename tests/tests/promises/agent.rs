@@ -387,7 +387,7 @@ async fn configuration_errors_exit_78_and_name_the_key_and_usage_errors_exit_2()
     for (from, to, key) in [
         ("database ", "databse ", "databse"),
         ("verify-full", "verify-some", "mode"),
-        ("[[node]]", "[[nodes]]", "nodes"),
+        ("[[node]]", "[[nodes]]\nname = 'x'\n[[node]]", "nodes"),
         ("port        = ", "port        = 1000000", "port"),
         ("family      = \"ipv4\"", "family      = \"ipv6\"", "node.family"),
         ("agent.key", "missing.key", "tls.key"),

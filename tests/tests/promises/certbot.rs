@@ -171,15 +171,17 @@ async fn furnish(cluster: &Cluster, root: &[u8]) -> Result<()> {
         fs::write(&rules, format!("{rule}{}", fs::read_to_string(&rules)?))?;
         let map =
             "peers replicator replicator\npeers sikorsky.example.net replicator\npeers gideon.example.net replicator\n";
-        fs::write(node.data_directory().join("pg_ident.conf"), map)?;
+        let users = node.data_directory().join("pg_ident.conf");
+        fs::write(&users, format!("{map}{}", fs::read_to_string(&users)?))?;
         let file = |name: &str| places.join(name).to_string_lossy().into_owned();
         let (cert, key) = (file("certificate.pem"), file("privkey.pem"));
         text += &format!(
             "\n[[certificate]]\nlineage = \"{domain}\"\nuse = [\"server\", \"replication\"]\nnode = \"{name}\"\n\
              cert = \"{cert}\"\nkey = \"{key}\"\nowner = \"{owner}\"\n"
         );
-        let entry = format!("name        = \"{name}\"\n");
-        text = text.replace(&entry, &format!("{entry}replication = {{ host = \"{domain}\" }}\n"));
+        let entry = format!("active_name = \"{domain}\"\n\n[node.replication]\n");
+        ensure!(text.contains(&entry), "no {entry} in {text}");
+        text = text.replace(&entry, &format!("{entry}host = \"{domain}\"\n"));
         node.config(&[("ssl_cert_file", &cert), ("ssl_key_file", &key)]).await?;
     }
     for (node, peer) in [(0, 1), (1, 0)].map(|(node, peer)| (&cluster.nodes()[node], &cluster.nodes()[peer])) {
