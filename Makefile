@@ -64,6 +64,7 @@ install-agent: manual
 	install -D -m 644 -t '$(DESTDIR)$(PREFIX)/share/zsh/$(ZSH_COMPLETIONS)' '$(target)/manual/zsh/_stillebot-agent'
 	install -D -m 644 -t '$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d' '$(target)/manual/fish/stillebot-agent.fish'
 	install -D -m 644 -t '$(DESTDIR)$(PREFIX)/share/doc/stillebot-agent/examples' agent/agent.toml
+	install -D -m 755 agent/certbot/stillebot '$(DESTDIR)$(PREFIX)/share/stillebot/certbot-deploy-hook'
 
 # What the command line itself says, as man pages and completions.
 manual: setup

@@ -5,9 +5,9 @@
 //! resolved against. Otherwise nothing passes differently than it would without us.
 //!
 //! The way in is `WalReceiverFunctions`, the table through which core calls libpqwalreceiver: a copy of it with four
-//! functions replaced is put in its place before the server has children. One of them, to connect, is subscription.rs's. Physical receivers use it too, and so does the
-//! initial copy of a table, whose rows are no messages: both pass untouched, because only a logical worker that has
-//! started streaming is listened to.
+//! functions replaced is put in its place before the server has children. One of them, to connect, is subscription.rs's.
+//! Physical receivers use the table too, and so does the initial copy of a table, whose rows are no messages: both pass
+//! untouched, because only a logical worker that has started streaming is listened to.
 //!
 //! The functions are plain frames, as hooks are: what core raises below them passes over them by longjmp. Nothing of
 //! ours raises, and memory is bounded.

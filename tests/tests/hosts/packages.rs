@@ -22,6 +22,7 @@ async fn the_packages_install_are_upgraded_and_are_removed_on_a_debian_host() ->
          grep -q '^ExecStart=/usr/bin/stillebot-agent' /usr/lib/systemd/system/stillebot-agent.service
          test -L /etc/systemd/system/multi-user.target.wants/stillebot-agent.service
          test -s /usr/share/doc/stillebot-agent/examples/agent.toml
+         test -x /usr/share/stillebot/certbot-deploy-hook
          dpkg --verify stillebot-agent postgresql-17-stillebot",
     )?;
     // The example is a configuration; that its nodes do not answer is another matter.
