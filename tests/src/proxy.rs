@@ -4,6 +4,7 @@ use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -12,9 +13,13 @@ use tokio::{
     net::{TcpListener, TcpStream, tcp},
     sync::{mpsc, oneshot, watch},
     task::JoinSet,
+    time::sleep,
 };
 
-use crate::{background, log_check::Expected, scratch::Port};
+use crate::{background, log_check::Expected, scratch::Port, wait::PATIENCE};
+
+/// Between two attempts to listen.
+const GLANCE: Duration = Duration::from_millis(5);
 
 /// Listens on a port of its own and passes bytes on to another one.
 pub struct Proxy {
@@ -93,7 +98,7 @@ async fn serve(listen: SocketAddr, target: SocketAddr, mut orders: mpsc::Unbound
                     connections.shutdown().await;
                     Ok(())
                 } else if listener.is_none() {
-                    TcpListener::bind(listen).await.map(|bound| listener = Some(bound))
+                    bind(listen).await.map(|bound| listener = Some(bound))
                 } else {
                     Ok(())
                 };
@@ -104,6 +109,19 @@ async fn serve(listen: SocketAddr, target: SocketAddr, mut orders: mpsc::Unbound
                 connections.spawn(pass(client, target, link.subscribe()));
             }
             Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+/// A process that another test is just starting has a copy of every socket until its exec, the closed one included.
+async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let patience = Instant::now() + PATIENCE;
+    loop {
+        match TcpListener::bind(address).await {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < patience => {
+                sleep(GLANCE).await;
+            }
+            result => return result,
         }
     }
 }
