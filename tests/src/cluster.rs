@@ -58,6 +58,7 @@ pub struct ClusterBuilder {
     extension: bool,
     direct: bool,
     lasting: bool,
+    bare: bool,
     settings: Vec<(String, String)>,
 }
 
@@ -122,6 +123,13 @@ impl ClusterBuilder {
         self.direct()
     }
 
+    /// Servers that nobody has set up: TLS, pg_hba.conf and the bot's own tables, and nothing that replication needs. The
+    /// agent's configuration says what is to become of them.
+    pub fn bare(mut self) -> Self {
+        self.bare = true;
+        self
+    }
+
     /// A line of every node's postgresql.conf.
     pub fn config(mut self, key: &str, value: &str) -> Self {
         self.settings.push((key.to_owned(), value.to_owned()));
@@ -152,8 +160,13 @@ impl ClusterBuilder {
         if !self.direct {
             cluster.open_links().await?;
         }
+        if self.bare {
+            cluster.issue_certificates()?;
+            cluster.agent_knows(&NAMES[..self.size])?;
+            return Ok(cluster);
+        }
         cluster.subscribe().await?;
-        cluster.write_agent_configuration()?;
+        cluster.agent_knows(&NAMES[..self.size])?;
         let active = format!("insert into stillebot.settings (active_bot) values ('{}')", active_name(NAMES[0]));
         cluster.nodes[0].execute(DATABASE, &active).await?;
         cluster.wait_replicated().await?;
@@ -173,6 +186,11 @@ impl ClusterBuilder {
 
     /// Roles, database, tables, publication.
     async fn furnish(&self, node: &Server) -> Result<()> {
+        if self.bare {
+            node.execute("postgres", "create role rosuav login").await?;
+            node.execute("postgres", "create database stillebot owner rosuav").await?;
+            return node.execute(DATABASE, &format!("set role rosuav; {BOT_TABLES}")).await;
+        }
         node.execute(
             "postgres",
             "create role rosuav login;
@@ -203,7 +221,7 @@ impl ClusterBuilder {
 impl Cluster {
     /// A cluster, to be described further.
     pub fn builder() -> ClusterBuilder {
-        ClusterBuilder { size: 2, extension: true, direct: false, lasting: false, settings: Vec::new() }
+        ClusterBuilder { size: 2, extension: true, direct: false, lasting: false, bare: false, settings: Vec::new() }
     }
 
     /// Two nodes with the extension.
@@ -396,7 +414,24 @@ impl Cluster {
         Ok(Hopped { write_gap: Duration::from_secs_f64(gap.max(0.0) / 1000.0), began, ended })
     }
 
-    fn write_agent_configuration(&self) -> Result<()> {
+    /// Certificates of bare nodes' subscriptions, and one of a superuser: see [`Cluster::init_arguments`].
+    fn issue_certificates(&self) -> Result<()> {
+        for node in &self.nodes {
+            node.outgoing_tls("replicator")?;
+        }
+        let identity = Authority::shared().client("postgres")?;
+        fs::write(self.directory.path().join("admin.pem"), identity.certificate_pem()?)?;
+        crate::server::write_secret(&self.directory.path().join("admin.key"), &identity.key_pem()?)
+    }
+
+    /// The arguments of `init` by a superuser with a certificate, on bare nodes.
+    pub fn init_arguments(&self) -> Vec<String> {
+        let file = |name: &str| self.directory.path().join(name).display().to_string();
+        ["init", "--admin-cert", &file("admin.pem"), "--admin-key", &file("admin.key")].map(str::to_owned).to_vec()
+    }
+
+    /// Writes the agent's configuration anew, with these nodes only.
+    pub fn agent_knows(&self, names: &[&str]) -> Result<()> {
         let directory = self.directory.path();
         let identity = Authority::shared().client("stillebot_agent")?;
         fs::write(directory.join("root.pem"), Authority::shared().root_pem()?)?;
@@ -420,7 +455,7 @@ table  = "stillebot.settings"
 column = "active_bot"
 "#
         );
-        for (index, node) in self.nodes.iter().enumerate() {
+        for (index, node) in self.nodes.iter().enumerate().filter(|(_, node)| names.contains(&node.name())) {
             write!(
                 text,
                 r#"

@@ -21,6 +21,7 @@ mod resolving;
 mod rules;
 mod runs;
 mod scenarios;
+mod setup;
 mod testme;
 mod watch;
 
