@@ -740,10 +740,13 @@ impl<'a> This<'a> {
         }
     }
 
-    /// The addresses of a node as they are known here.
+    /// The addresses that a node is likely to come from: those at which it answers, or, if there is none, all of its name.
     fn addresses_of(&self, node: &Node) -> Vec<IpAddr> {
         let places = self.seen.places.get(&node.name).into_iter().flatten().filter(|place| place.for_subscriptions);
-        places.flat_map(|place| place.answers.iter().flatten()).map(|(address, _)| address.ip()).collect()
+        let all: Vec<&(SocketAddr, Answer)> = places.flat_map(|place| place.answers.iter().flatten()).collect();
+        let answer = all.iter().any(|(_, answer)| *answer == Answer::Listens);
+        let likely = all.iter().filter(|(_, found)| !answer || *found == Answer::Listens);
+        likely.map(|(address, _)| address.ip()).collect()
     }
 
     // ---- the extension ----

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use stillebot_tests::{Host, log_check, wait_until};
 
 mod packages;
+mod pair;
 
 /// The packages that `make deb` has made of this version.
 fn packages() -> Result<Vec<PathBuf>> {
