@@ -88,8 +88,11 @@ pub enum Action {
     },
     /// It is taken down.
     Close,
-    /// What all others have written is waited for.
-    Gather,
+    /// What others have written is waited for.
+    Gather {
+        /// Those that it has subscribed to.
+        peers: Vec<String>,
+    },
     /// All nodes are compared.
     Compare,
     /// A subscription is made, disabled, and it is looked for its slot on the very publisher that is meant.
@@ -169,7 +172,7 @@ impl Action {
                 format!("{statement};")
             }
             Self::Close => format!("select stillebot_down({});", literal(REASON)),
-            Self::Gather => "wait for what the other nodes have written".into(),
+            Self::Gather { peers } => format!("wait for what {} has written", peers.join(" and ")),
             Self::Compare => "compare the rows of all tables on all nodes".into(),
             Self::Copy => "wait for the initial copies".into(),
             Self::Open => "select stillebot_up();".into(),
@@ -241,17 +244,25 @@ pub fn plan(
         let why = if data.compare { "while rows are compared, nobody may change any" } else { CLOSE_WHY };
         steps.push(step(node, Action::Close, why));
     }
-    if let Some(source) = &data.source
-        && data.copies.len() + 1 < nodes.len()
-    {
-        steps.push(step(source, Action::Gather, "the copy has to have everything, for it is made of one node only"));
+    planner.mend(&names, &mut steps);
+    if let Some(source) = &data.source {
+        let heard = |peer: &&str| !data.copies.contains(*peer) && names.contains_key(&(source.as_str(), *peer));
+        let peers: Vec<String> = planner.names().filter(heard).map(str::to_owned).collect();
+        if !peers.is_empty() {
+            let why = "the copy has to have everything, for it is made of one node only";
+            steps.push(step(source, Action::Gather { peers }, why));
+        }
     }
     if data.compare {
         let why = "nothing is copied, so the rows have to be the same already";
         steps.push(step(&config.nodes[0].name, Action::Compare, why));
     }
     planner.subscribe(&names, &data, &mut steps)?;
-    planner.enable(&names, &mut steps);
+    for (subscriber, publisher) in planner.directions() {
+        if !names.contains_key(&(subscriber.name.as_str(), publisher.name.as_str())) {
+            steps.push(planner.enable(subscriber, publisher, "all slots are there, so nothing can be missed"));
+        }
+    }
     let unfinished = |node: &&str| {
         data.copies.contains(*node)
             || nodes[*node].survey.subscriptions.iter().any(|found| planner.is_ours(found) && found.copying > 0)
@@ -452,7 +463,11 @@ impl<'a> Planner<'a> {
         let source = match self.wish.from.as_deref() {
             Some(from) => from,
             // Whoever is being written goes on being written.
-            None => members().find(up).or_else(|| members().next()).unwrap_or_default(),
+            // Who was taken down by an earlier set-up may itself have no more than a part of a copy.
+            None => {
+                let whole = |node: &&str| self.seen(node).standing != Standing::Parked;
+                members().find(up).or_else(|| members().find(whole)).or_else(|| members().next()).unwrap_or_default()
+            }
         };
         Ok(Data {
             source: Some(source.to_owned()),
@@ -651,7 +666,8 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    fn enable(&self, names: &Names<'_>, steps: &mut Vec<Step>) {
+    /// Subscriptions that are there become as they must be.
+    fn mend(&self, names: &Names<'_>, steps: &mut Vec<Step>) {
         for node in self.names() {
             let renamed = |about: &str| {
                 names.iter().any(|((subscriber, publisher), found)| {
@@ -666,13 +682,15 @@ impl<'a> Planner<'a> {
         }
         for (subscriber, publisher) in self.directions() {
             let found = names.get(&(subscriber.name.as_str(), publisher.name.as_str()));
-            if found.is_none_or(|found| !found.enabled) {
-                let subscription = name(&self.config.subscription_to(&publisher.name));
-                let statement = format!("alter subscription {subscription} enable");
-                let action = Action::Enable { publisher: publisher.name.clone(), statement };
-                steps.push(step(&subscriber.name, action, "all slots are there, so nothing can be missed"));
+            if found.is_some_and(|found| !found.enabled) {
+                steps.push(self.enable(subscriber, publisher, "it was made and never enabled, or has given up"));
             }
         }
+    }
+
+    fn enable(&self, subscriber: &Node, publisher: &Node, why: &str) -> Step {
+        let statement = format!("alter subscription {} enable", name(&self.config.subscription_to(&publisher.name)));
+        step(&subscriber.name, Action::Enable { publisher: publisher.name.clone(), statement }, why)
     }
 }
 
@@ -704,4 +722,280 @@ pub fn replicated(survey: &Survey) -> impl Iterator<Item = &Table> {
 
 fn table_name((schema, table): &(String, String)) -> String {
     format!("{}.{}", name(schema), name(table))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Environment;
+    use crate::survey::Identity;
+    use proptest::prelude::*;
+
+    fn config(nodes: usize) -> Config {
+        let mut text = "database = \"app\"\nuser = \"agent\"\n".to_owned();
+        for name in ["a", "b", "c"].iter().take(nodes) {
+            let _ = writeln!(text, "[[node]]\nname = \"{name}\"\nhost = \"{name}.example.net\"");
+        }
+        Config::parse(&text, &Environment { variable: &|_| None, os_user: None }).unwrap()
+    }
+
+    fn empty(config: &Config) -> BTreeMap<String, Seen> {
+        let mut seen = Seen::default();
+        seen.survey.about.extension = Some("1".into());
+        seen.survey.about.extension_available = Some("1".into());
+        config.nodes.iter().map(|node| (node.name.clone(), seen.clone())).collect()
+    }
+
+    fn fill(seen: &mut Seen, rows: i64) {
+        seen.filled.insert("app.t".into(), Some(Content { rows, checksum: rows.to_string() }));
+    }
+
+    fn wish() -> Wish {
+        Wish { fresh_pair: "pair".into(), ..Wish::default() }
+    }
+
+    fn plan_of(config: &Config, nodes: &BTreeMap<String, Seen>, wish: &Wish) -> Result<Plan, Refusal> {
+        plan(config, nodes, &[], wish)
+    }
+
+    /// The steps in short.
+    fn short(plan: &Plan) -> Vec<String> {
+        let line = |step: &Step| match &step.action {
+            Action::Run { statement } => {
+                let words: Vec<&str> = statement.split([' ', '(']).take(2).collect();
+                format!("{}: {}", step.node, words.join(" "))
+            }
+            Action::Subscribe { publisher, copy: true, .. } => format!("{}: copies {publisher}", step.node),
+            Action::Subscribe { publisher, .. } => format!("{}: follows {publisher}", step.node),
+            Action::Enable { publisher, .. } => format!("{}: hears {publisher}", step.node),
+            Action::Gather { peers } => format!("{}: gathers {}", step.node, peers.join(" ")),
+            action => format!("{}: {action:?}", step.node).to_lowercase(),
+        };
+        plan.steps.iter().map(line).filter(|line| !line.contains("delete from") && !line.contains("upkeep")).collect()
+    }
+
+    /// What the nodes are when these steps have been taken.
+    fn take(config: &Config, nodes: &mut BTreeMap<String, Seen>, steps: &[Step]) {
+        for step in steps {
+            let subscription = |publisher: &str| config.subscription_to(publisher);
+            match &step.action {
+                Action::Run { statement } if statement.starts_with("select multihome.identify(") => {
+                    let identity = Identity { node: step.node.clone(), pair: "pair".into(), ..Identity::default() };
+                    nodes.get_mut(&step.node).unwrap().survey.identity = Some(identity);
+                }
+                Action::Run { statement } if statement.contains(" rename to ") => {
+                    let words: Vec<&str> = statement.split(' ').collect();
+                    let all = &mut nodes.get_mut(&step.node).unwrap().survey.subscriptions;
+                    all.iter_mut().find(|found| found.name == words[2]).unwrap().name = words[5].to_owned();
+                }
+                Action::Subscribe { publisher, copy, .. } => {
+                    let from = nodes[publisher].filled.clone();
+                    let seen = nodes.get_mut(&step.node).unwrap();
+                    seen.survey.subscriptions.push(Subscription {
+                        name: subscription(publisher),
+                        publications: vec![config.publication.clone()],
+                        ..Subscription::default()
+                    });
+                    if *copy {
+                        seen.filled.extend(from);
+                    }
+                }
+                Action::Enable { publisher, .. } => {
+                    let all = &mut nodes.get_mut(&step.node).unwrap().survey.subscriptions;
+                    all.iter_mut().find(|found| found.name == subscription(publisher)).unwrap().enabled = true;
+                }
+                Action::Close => nodes.get_mut(&step.node).unwrap().standing = Standing::Parked,
+                Action::Open => nodes.get_mut(&step.node).unwrap().standing = Standing::Up,
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn of_empty_nodes_the_second_is_closed_and_gets_whatever_is_written_on_the_first() {
+        let config = config(2);
+        let plan = plan_of(&config, &empty(&config), &wish()).unwrap();
+        let expected = [
+            "a: select multihome.identify",
+            "b: select multihome.identify",
+            "b: close",
+            "b: copies a",
+            "a: follows b",
+            "b: hears a",
+            "a: hears b",
+            "b: copy",
+            "b: open",
+            "a: prove",
+        ];
+        assert_eq!(short(&plan), expected);
+        let Action::Subscribe { statement, .. } = &plan
+            .steps
+            .iter()
+            .find(|step| step.node == "b" && matches!(step.action, Action::Subscribe { .. }))
+            .unwrap()
+            .action
+        else {
+            unreachable!()
+        };
+        for part in ["origin = none", "enabled = false", "copy_data = true", "slot_name = multihome"] {
+            assert!(statement.contains(part), "no {part} in {statement}");
+        }
+    }
+
+    #[test]
+    fn the_node_with_the_rows_stays_open_and_the_empty_one_copies() {
+        let config = config(2);
+        let mut nodes = empty(&config);
+        fill(nodes.get_mut("b").unwrap(), 7);
+        let plan = plan_of(&config, &nodes, &wish()).unwrap();
+        assert_eq!((plan.source.as_deref(), plan.newcomers.as_slice()), (Some("b"), &["a".to_owned()][..]));
+        assert!(short(&plan).contains(&"a: close".to_owned()) && !short(&plan).contains(&"b: close".to_owned()));
+        let from_the_empty_one = Wish { from: Some("a".into()), ..wish() };
+        assert!(plan_of(&config, &nodes, &from_the_empty_one).unwrap_err().message.contains("b has rows"));
+    }
+
+    #[test]
+    fn two_nodes_with_rows_are_refused_unless_they_are_the_same_and_meant_to_be() {
+        let config = config(2);
+        let mut nodes = empty(&config);
+        fill(nodes.get_mut("a").unwrap(), 7);
+        fill(nodes.get_mut("b").unwrap(), 8);
+        let same = Wish { assume_identical: true, ..wish() };
+        for wish in [&wish(), &same] {
+            let refusal = plan_of(&config, &nodes, wish).unwrap_err();
+            assert_eq!(refusal.detail.as_deref(), Some("app.t: 7 rows on a, 8 rows on b"));
+        }
+        fill(nodes.get_mut("b").unwrap(), 7);
+        assert!(plan_of(&config, &nodes, &wish()).unwrap_err().hint.contains("--assume-identical"));
+        let plan = short(&plan_of(&config, &nodes, &same).unwrap());
+        assert_eq!(plan[2..5], ["a: close", "b: close", "a: compare"]);
+        assert!(!plan.iter().any(|line| line.contains("copies")));
+    }
+
+    #[test]
+    fn a_set_that_replicates_needs_nothing_and_one_left_closed_is_opened() {
+        let config = config(2);
+        let mut nodes = empty(&config);
+        let steps = plan_of(&config, &nodes, &wish()).unwrap().steps;
+        take(&config, &mut nodes, &steps);
+        assert_eq!(plan_of(&config, &nodes, &wish()).unwrap().steps, []);
+        nodes.get_mut("b").unwrap().standing = Standing::Parked;
+        assert_eq!(short(&plan_of(&config, &nodes, &wish()).unwrap()), ["b: open", "a: prove"]);
+        // Whoever was taken down by somebody else stays so.
+        nodes.get_mut("b").unwrap().standing = Standing::Down;
+        assert_eq!(plan_of(&config, &nodes, &wish()).unwrap().steps, []);
+    }
+
+    #[test]
+    fn a_third_node_makes_new_names_and_gets_a_copy_of_one_that_has_heard_the_other() {
+        let (pair, set) = (config(2), config(3));
+        let mut nodes = empty(&pair);
+        fill(nodes.get_mut("a").unwrap(), 7);
+        let steps = plan_of(&pair, &nodes, &wish()).unwrap().steps;
+        take(&pair, &mut nodes, &steps);
+        nodes.insert("c".into(), empty(&set)["c"].clone());
+        let plan = plan_of(&set, &nodes, &wish()).unwrap();
+        let lines = short(&plan);
+        assert_eq!(lines.iter().filter(|line| line.contains("copies")).collect::<Vec<_>>(), ["c: copies a"]);
+        let at = |line: &str| lines.iter().position(|found| found == line).unwrap();
+        assert!(at("b: close") < at("a: gathers b") && at("a: gathers b") < at("c: copies a"), "{lines:#?}");
+        take(&set, &mut nodes, &plan.steps);
+        assert_eq!(plan_of(&set, &nodes, &wish()).unwrap().steps, []);
+    }
+
+    #[test]
+    fn nodes_of_different_sets_are_refused() {
+        let config = config(2);
+        let mut nodes = empty(&config);
+        for (name, pair) in [("a", "one"), ("b", "another")] {
+            let identity = Identity { node: name.into(), pair: pair.into(), ..Identity::default() };
+            nodes.get_mut(name).unwrap().survey.identity = Some(identity);
+        }
+        assert!(plan_of(&config, &nodes, &wish()).unwrap_err().message.contains("different sets"));
+    }
+
+    fn some_nodes() -> impl Strategy<Value = (Config, BTreeMap<String, Seen>, Wish)> {
+        let standing = prop_oneof![4 => Just(Standing::Up), 1 => Just(Standing::Down), 1 => Just(Standing::Parked)];
+        let node = (standing, prop_oneof![2 => Just(0), 1 => 1..3_i64]);
+        let from = proptest::option::weighted(0.2, 0..2_usize);
+        (2..=3_usize, proptest::collection::vec(node, 3), from, any::<bool>()).prop_map(|(size, states, from, same)| {
+            let config = config(size);
+            let mut nodes = empty(&config);
+            for (seen, (standing, rows)) in nodes.values_mut().zip(states) {
+                seen.standing = standing;
+                if rows > 0 {
+                    fill(seen, rows);
+                }
+            }
+            let from = from.map(|index| config.nodes[index].name.clone());
+            let wish = Wish { assume_identical: same && from.is_none(), from, ..wish() };
+            (config, nodes, wish)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn no_plan_copies_into_rows_or_both_ways_and_each_ends_with_the_proof((config, nodes, wish) in some_nodes()) {
+            let Ok(plan) = plan_of(&config, &nodes, &wish) else { return Ok(()) };
+            prop_assert_eq!(&plan.steps.last().unwrap().action, &Action::Prove);
+            let at = |wanted: &dyn Fn(&Step) -> bool| -> Vec<usize> {
+                (0..plan.steps.len()).filter(|&index| wanted(&plan.steps[index])).collect()
+            };
+            for step in &plan.steps {
+                if let Action::Subscribe { publisher, copy: true, .. } = &step.action {
+                    prop_assert_eq!(Some(publisher), plan.source.as_ref());
+                    prop_assert!(nodes[&step.node].filled.is_empty());
+                    prop_assert!(plan.newcomers.contains(&step.node));
+                }
+            }
+            for name in nodes.keys() {
+                // Closed before the first copy, and opened after it has all.
+                let closed = at(&|step| step.node == *name && step.action == Action::Close);
+                let opened = at(&|step| step.node == *name && step.action == Action::Open);
+                let made = at(&|step| matches!(step.action, Action::Subscribe { .. } | Action::Enable { .. }));
+                let copied = at(&|step| step.action == Action::Copy);
+                prop_assert!(closed.iter().all(|index| made.iter().all(|later| index < later)));
+                prop_assert!(opened.iter().all(|index| made.iter().chain(&copied).all(|earlier| index > earlier)));
+                prop_assert_eq!(!opened.is_empty(), !closed.is_empty() || nodes[name].standing == Standing::Parked);
+                if plan.newcomers.contains(name) {
+                    prop_assert!(!closed.is_empty() || nodes[name].standing != Standing::Up);
+                }
+            }
+        }
+
+        #[test]
+        fn what_was_cut_off_anywhere_is_finished_by_the_next_run((config, nodes, wish) in some_nodes(), cut in 0..100_usize) {
+            let Ok(first) = plan_of(&config, &nodes, &wish) else { return Ok(()) };
+            let mut nodes = nodes;
+            let cut = cut % (first.steps.len() + 1);
+            take(&config, &mut nodes, &first.steps[..cut]);
+            let next = match plan_of(&config, &nodes, &wish) {
+                Err(refusal) if refusal.hint == "leave --from away" => {
+                    plan_of(&config, &nodes, &Wish { from: None, ..wish.clone() })
+                }
+                next => next,
+            };
+            let next = match next {
+                // Somebody else has closed it, and may have opened it in between.
+                Err(refusal) if refusal.message.ends_with("meanwhile is not known") => {
+                    prop_assert!(nodes.values().any(|seen| seen.standing == Standing::Down), "{refusal:#?}");
+                    return Ok(());
+                }
+                next => next.map_err(|refusal| TestCaseError::fail(format!("{:#?}: {refusal:#?}", short(&first))))?,
+            };
+            // Nobody is waited for who has no way to be heard.
+            for (index, step) in next.steps.iter().enumerate() {
+                let Action::Gather { peers } = &step.action else { continue };
+                for peer in peers {
+                    let wanted = config.subscription_to(peer);
+                    let mut until = nodes.clone();
+                    take(&config, &mut until, &next.steps[..index]);
+                    let all = &until[&step.node].survey.subscriptions;
+                    prop_assert!(all.iter().any(|found| found.name == wanted && found.enabled));
+                }
+            }
+            take(&config, &mut nodes, &next.steps);
+            prop_assert_eq!(plan_of(&config, &nodes, &Wish { fresh_pair: "pair".into(), ..Wish::default() }).unwrap().steps, vec![]);
+        }
+    }
 }

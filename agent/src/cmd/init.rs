@@ -234,8 +234,8 @@ impl<'a> Work<'a> {
         match &step.action {
             Action::Run { statement } => Ok(self.session(node)?.run(statement, STATEMENT_BOUND).await?),
             Action::Close => self.close(node, plan).await,
-            Action::Gather => {
-                for other in self.peers(node).filter(|peer| !plan.newcomers.iter().any(|newcomer| newcomer == peer)) {
+            Action::Gather { peers } => {
+                for other in peers {
                     self.caught_up(other, node).await?;
                 }
                 Ok(())

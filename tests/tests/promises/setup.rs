@@ -4,7 +4,6 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-#[allow(unused_imports)]
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use stillebot_tests::cluster::{DATABASE, active_name};
@@ -133,5 +132,224 @@ async fn two_fresh_servers_become_a_pair_and_a_second_init_has_nothing_to_do() -
 
     let again = init(&cluster, &["--yes"]).await?.expect_code(0)?;
     ensure!(again.json["outcome"] == "nothing_to_do", "{again:#?}");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn over_sockets_init_needs_no_certificate() -> Result<()> {
+    let cluster = bare().start().await?;
+    let places = cluster
+        .nodes()
+        .iter()
+        .map(|node| format!("--via={}={}:{}", node.name(), node.socket_directory().display(), node.port()));
+    let places: Vec<String> = places.collect();
+    let arguments: Vec<&str> = ["init", "--yes"].into_iter().chain(places.iter().map(String::as_str)).collect();
+    agent(&cluster, &arguments).await?.expect_code(0)?;
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_bot_goes_on_writing_while_the_other_node_gets_a_copy_and_nothing_is_lost() -> Result<()> {
+    let cluster = bare().start().await?;
+    fill(&cluster.nodes()[0], ROWS).await?;
+    // One client prefers the first node; the other one must be empty until it is closed.
+    let options = WorkloadOptions { clients: 1, pause: Duration::from_millis(1), rows: Rows::PerClient };
+    let work = Workload::start(&cluster, options);
+    work.wait_writes(0, 20).await?;
+    let run = init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    ensure!(run.json["plan"]["source"] == "sikorsky", "{run:#?}");
+    work.wait_writes(0, 20).await?;
+    let report = work.stop(PATIENCE).await?;
+    assert_replicates(&cluster).await?;
+    let verdict = report.verify(&cluster).await?;
+    verdict.ensure_clean()?;
+    ensure!(verdict.acknowledged > 40, "too little was written: {verdict}");
+    ensure!(report.switches().is_empty(), "the node with the rows was closed: {:?}", report.switches());
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn same_rows_on_both_are_left_as_they_are_if_the_operator_says_so() -> Result<()> {
+    let cluster = bare().start().await?;
+    for node in cluster.nodes() {
+        fill(node, 1000).await?;
+    }
+    for table in ["settings", "http_sessions"] {
+        make_same(&cluster, table).await?;
+    }
+    let before = all_made(&cluster).await?;
+    let refused = init(&cluster, &["--yes"]).await?.expect_code(1)?;
+    ensure!(refused.json["error"].as_str().is_some_and(|text| text.contains("the same")), "{refused:#?}");
+    ensure!(refused.json["hint"].as_str().is_some_and(|text| text.contains("--assume-identical")), "{refused:#?}");
+    ensure!(all_made(&cluster).await? == before, "something was changed");
+
+    init(&cluster, &["--yes", "--assume-identical"]).await?.expect_code(0)?;
+    ensure!(count(&cluster.nodes()[1], "config").await? == 1000, "rows were copied");
+    ensure!(runs::writable(&cluster).await?.len() == 2, "a node was left closed");
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+/// What the nodes have of a table becomes what the first one has.
+async fn make_same(cluster: &Cluster, table: &str) -> Result<()> {
+    let text = format!("select coalesce(jsonb_agg(to_jsonb(t)), '[]')::text from stillebot.{table} t");
+    let rows: String = cluster.nodes()[0].value(DATABASE, &text).await?;
+    for node in &cluster.nodes()[1..] {
+        let session = node.superuser(DATABASE).await?;
+        let insert = format!(
+            "insert into stillebot.{table} select * from jsonb_populate_recordset(null::stillebot.{table}, $1::text::jsonb)"
+        );
+        session.batch_execute(&format!("truncate stillebot.{table}")).await?;
+        session.execute(&insert, &[&rows]).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn different_rows_are_refused_with_tables_and_counts_and_nothing_is_changed() -> Result<()> {
+    let cluster = bare().start().await?;
+    fill(&cluster.nodes()[0], 1000).await?;
+    fill(&cluster.nodes()[1], 400).await?;
+    let before = all_made(&cluster).await?;
+    for more in [&["--yes"][..], &["--yes", "--assume-identical"], &["--yes", "--from", "gideon"]] {
+        let run = init(&cluster, more).await?.expect_code(1)?;
+        let detail = run.json["detail"].as_str().unwrap_or_default();
+        ensure!(detail.contains("stillebot.config: 1000 rows on sikorsky, 400 rows on gideon"), "{run:#?}");
+        ensure!(detail.contains("stillebot.http_sessions: 250 rows on sikorsky, 100 rows on gideon"), "{run:#?}");
+        // One row each, and not the same.
+        ensure!(detail.contains("stillebot.settings: 1 rows on sikorsky, 1 rows on gideon"), "{run:#?}");
+        ensure!(all_made(&cluster).await? == before, "something was changed: {run:#?}");
+    }
+    ensure!(count(&cluster.nodes()[0], "config").await? == 1000, "rows were lost");
+    ensure!(count(&cluster.nodes()[1], "config").await? == 400, "rows were lost");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn hosts_that_are_swapped_in_the_configuration_are_refused_before_anything_is_done() -> Result<()> {
+    let cluster = bare().start().await?;
+    let path = cluster.agent_configuration();
+    let text = fs::read_to_string(&path)?;
+    let swapped = text
+        .replace("name        = \"sikorsky\"", "name        = \"X\"")
+        .replace("name        = \"gideon\"", "name        = \"sikorsky\"")
+        .replace("name        = \"X\"", "name        = \"gideon\"");
+    ensure!(swapped != text, "nothing was swapped");
+    fs::write(&path, swapped)?;
+    let before = all_made(&cluster).await?;
+    let run = init(&cluster, &["--yes"]).await?.expect_code(1)?;
+    ensure!(run.json["detail"].as_str().is_some_and(|text| text.contains("stillebot.node")), "{run:#?}");
+    ensure!(all_made(&cluster).await? == before, "something was changed");
+    cluster.finish().await
+}
+
+/// Whether rows are being copied to a node right now.
+async fn wait_copying(cluster: &Cluster, node: &str) -> Result<()> {
+    let copying = "select exists (select from pg_subscription_rel where srsubstate <> 'r')";
+    wait_until("a copy to be under way", PATIENCE, || async {
+        Ok(cluster.node(node).value::<bool>(DATABASE, copying).await?.then_some(()))
+    })
+    .await
+}
+
+/// `init` while the second node's connection to the first is cut, so that the copy stands still.
+async fn init_that_stands_still(cluster: &Cluster) -> Result<Started> {
+    let started = start_init(cluster, &["--yes"])?;
+    wait_copying(cluster, "gideon").await?;
+    cluster.link("sikorsky", "gideon").cut().await?;
+    Ok(started)
+}
+
+#[tokio::test]
+async fn an_init_that_was_killed_or_interrupted_is_finished_by_the_next_one() -> Result<()> {
+    for signal in [Signal::SIGKILL, Signal::SIGINT] {
+        let cluster = bare().start().await?;
+        fill(&cluster.nodes()[0], ROWS).await?;
+        // We look whether a closed node takes writes.
+        cluster.expect_log(" 25006 ");
+        // What the interrupted one was waiting for, it has ended itself.
+        cluster.expect_log("canceling statement due to user request");
+        let mut started = init_that_stands_still(&cluster).await?;
+        started.signal(signal)?;
+        let run = started.end().await?;
+        if signal == Signal::SIGINT {
+            ensure!(run.code == Some(3), "{run:#?}");
+            let detail = run.json["detail"].as_str().unwrap_or_default();
+            ensure!(detail.contains("steps are done") && detail.contains("gideon stays down"), "{run:#?}");
+        }
+        ensure!(runs::writable(&cluster).await? == ["sikorsky"], "a node with half a copy takes writes");
+        cluster.link("sikorsky", "gideon").heal().await?;
+        init(&cluster, &["--yes"]).await?.expect_code(0)?;
+        ensure!(runs::writable(&cluster).await?.len() == 2, "a node was left closed");
+        assert_replicates(&cluster).await.with_context(|| format!("after {signal}"))?;
+        cluster.finish().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_init_whose_connection_is_cut_is_finished_by_the_next_one() -> Result<()> {
+    let cluster = bare().start().await?;
+    fill(&cluster.nodes()[0], ROWS).await?;
+    let started = start_init(&cluster, &["--yes"])?;
+    wait_copying(&cluster, "gideon").await?;
+    cluster.agent_link("gideon").cut().await?;
+    let run = started.end().await?;
+    ensure!(run.code == Some(3), "{run:#?}");
+    ensure!(run.json["hint"].as_str().is_some_and(|text| text.contains("init again")), "{run:#?}");
+    cluster.agent_link("gideon").heal().await?;
+    init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn three_servers_become_a_set_and_all_get_the_rows_of_one() -> Result<()> {
+    let cluster = bare().nodes(3).direct().start().await?;
+    fill(&cluster.nodes()[2], 2000).await?;
+    let run = init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    ensure!(run.json["plan"]["source"] == "rodan", "{run:#?}");
+    ensure!(run.json["proof"].as_array().is_some_and(|proof| proof.len() == 6), "{run:#?}");
+    assert_replicates(&cluster).await?;
+    let again = init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    ensure!(again.json["outcome"] == "nothing_to_do", "{again:#?}");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_pair_becomes_a_set_of_three_while_a_bot_writes() -> Result<()> {
+    let cluster = bare().nodes(3).direct().start().await?;
+    fill(&cluster.nodes()[0], ROWS).await?;
+    cluster.agent_knows(&["sikorsky", "gideon"])?;
+    init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    cluster.agent_knows(&["sikorsky", "gideon", "rodan"])?;
+    // Said of any copy from a node that subscribes itself; the rows of the other one are waited for before.
+    cluster.expect_log("requested copy_data with origin = NONE but might copy data that had a different origin");
+    let options = WorkloadOptions { clients: 1, pause: Duration::from_millis(1), rows: Rows::PerClient };
+    let work = Workload::start(&cluster, options);
+    work.wait_writes(0, 20).await?;
+    init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    let report = work.stop(PATIENCE).await?;
+    assert_replicates(&cluster).await?;
+    report.verify(&cluster).await?.ensure_clean()?;
+    let again = init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    ensure!(again.json["outcome"] == "nothing_to_do", "{again:#?}");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_dry_run_changes_nothing_and_without_a_terminal_nobody_is_taken_at_his_silence() -> Result<()> {
+    let cluster = bare().start().await?;
+    fill(&cluster.nodes()[0], 100).await?;
+    let before = all_made(&cluster).await?;
+    let run = init(&cluster, &["--dry-run"]).await?.expect_code(0)?;
+    let steps = run.json["plan"]["steps"].as_array().context("no steps")?;
+    let last = steps.last().context("an empty plan")?;
+    ensure!(last["action"] == "prove" && last["node"] == "sikorsky", "{run:#?}");
+    ensure!(all_made(&cluster).await? == before, "a dry run changed something");
+    let run = init(&cluster, &[]).await?.expect_code(1)?;
+    ensure!(run.json["hint"].as_str().is_some_and(|text| text.contains("--yes")), "{run:#?}");
+    ensure!(all_made(&cluster).await? == before, "something was changed that nobody agreed to");
     cluster.finish().await
 }
