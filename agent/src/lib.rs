@@ -24,6 +24,7 @@
 //! grants.rs  what the agent's role has to be allowed
 //! clock.rs   a server's clock, measured from here
 //! setup.rs   from what the nodes are to a set that replicates, without IO
+//! leave.rs   and back again
 //! sight.rs   what one node tells the watchdog
 //! watchdog.rs what is wrong with replication, without IO
 //! condition.rs the watchdog's vocabulary
@@ -55,6 +56,7 @@ pub mod grants;
 pub mod hba;
 pub mod hop;
 pub mod inspect;
+pub mod leave;
 pub mod node;
 pub mod order;
 pub mod pgpass;

@@ -22,6 +22,8 @@ queries! {
     CONFLICTS_OPEN = "conflicts_open.sql";
     CONFLICTS_RELATED = "conflicts_related.sql";
     CONFLICT_CHANGES = "conflict_changes.sql";
+    DEINIT_OWNED = "deinit_owned.sql";
+    DEINIT_SLOT = "deinit_slot.sql";
     DOWN = "down.sql";
     DRAIN = "drain.sql";
     END_SESSION = "end_session.sql";

@@ -1,8 +1,150 @@
-//! deinit
-use super::{Context, Reply};
+//! `deinit`: takes away what `init` made, on all nodes, and leaves the rows where they are.
+//!
+//! `leave.rs` makes the plan out of what is there, so a run that was cut off is gone on with by the next one.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::admin::{Admin, Halt, consent, wait};
+use super::{Context, Reply, unreachable};
 use crate::cli::Deinit;
-use crate::failure::Failure;
-/// x
-pub async fn run(_c: &Context, _o: &Deinit) -> Result<Reply, Failure> {
-    todo!()
+use crate::crew::{Crew, LOOK_BOUND};
+use crate::facts;
+use crate::failure::{Failure, Kind};
+use crate::leave::{self, Action, Plan, Seen, Step, Wish};
+use crate::sql;
+use crate::survey;
+
+/// How long one statement may take: some wait for a worker to end.
+const STATEMENT_BOUND: Duration = Duration::from_secs(60);
+/// How long a slot may be in use by a sender whose receiver is gone.
+const SLOT_BOUND: Duration = Duration::from_secs(15);
+
+/// Runs it.
+pub async fn run(context: &Context, options: &Deinit) -> Result<Reply, Failure> {
+    let admin = Admin::new(context, &options.admin)?;
+    let (crew, errors) = admin.muster().await?;
+    if let Some(failure) = unreachable(&errors).filter(|_| !options.force && !options.dry_run) {
+        return Err(failure.hint("mend that, or leave that node as it is with --force"));
+    }
+    if !options.dry_run {
+        crew.lock().await?;
+    }
+    let nodes = look(context, &crew).await?;
+    let down = leave::down(&nodes);
+    if !down.is_empty() {
+        let message = format!("{} is down, and refuses to be changed; nothing was changed", down.join(", "));
+        return Err(Failure::new(Kind::Undone, message).hint("bring it up, with `up NODE`, and run deinit again"));
+    }
+    let plan =
+        leave::plan(&context.config, &nodes, Wish { keep_extension: options.keep_extension, roles: options.roles });
+    let mut text = describe(&plan);
+    for error in errors.values() {
+        let _ = writeln!(text, "cannot reach {error}");
+    }
+    let document = |outcome: &str| json!({"command": "deinit", "outcome": outcome, "plan": plan});
+    if options.dry_run {
+        let kind = (!errors.is_empty()).then_some(Kind::Unreachable);
+        return Ok(Reply { text, json: document("dry_run"), kind });
+    }
+    if plan.steps.is_empty() {
+        return Ok(Reply::done(format!("nothing to do\n{text}"), document("nothing_to_do")));
+    }
+    consent(context, &text, options.yes)?;
+    for (taken, step) in plan.steps.iter().enumerate() {
+        take(context, &crew, step).await.map_err(|failure| stands(failure, &plan, taken))?;
+    }
+    let stays: String = plan.stays.iter().map(|line| format!("stays: {line}\n")).collect();
+    Ok(Reply::done(
+        format!("the nodes do not replicate any more; their rows are as they were\n{stays}"),
+        document("done"),
+    ))
+}
+
+async fn look(context: &Context, crew: &Crew<'_>) -> Result<BTreeMap<String, Seen>, Failure> {
+    let config = &context.config;
+    let mut nodes = BTreeMap::new();
+    for node in config.nodes.iter().filter(|node| crew.names().contains(&node.name)) {
+        let session = crew.session(&node.name)?;
+        let survey = survey::take(session, config, node, LOOK_BOUND).await?;
+        let (mut up, mut sole) = (true, false);
+        if survey.about.extension.is_some() {
+            let state = facts::state(session, LOOK_BOUND).await?;
+            (up, sole) = (state.is_up(), state.sole);
+        }
+        let mut owned = BTreeMap::new();
+        for role in [&config.user, &config.replication.user] {
+            if let Some(row) = session.rows(sql::DEINIT_OWNED, &[role], LOOK_BOUND).await?.first() {
+                owned.insert(role.clone(), row.get("owned"));
+            }
+        }
+        nodes.insert(node.name.clone(), Seen { survey, up, sole, owned });
+    }
+    Ok(nodes)
+}
+
+async fn take(context: &Context, crew: &Crew<'_>, step: &Step) -> Result<(), Failure> {
+    if let Some(signal) = context.signals.received() {
+        return Err(Failure::new(Kind::Undone, format!("stopped by {signal}")));
+    }
+    let session = crew.session(&step.node)?;
+    match &step.action {
+        Action::Run { statement } => Ok(session.run(statement, STATEMENT_BOUND).await?),
+        Action::DropSlot { slot } => {
+            let gone = wait(context, SLOT_BOUND, async || {
+                let row = session.row(sql::DEINIT_SLOT, &[slot], LOOK_BOUND).await?;
+                Ok(row.get::<_, bool>("gone").then_some(()))
+            });
+            gone.await.map_err(|halt| match halt {
+                Halt::Late => {
+                    let message = format!("{}: slot {slot} is still in use", step.node);
+                    Failure::new(Kind::Undone, message).hint("see who reads it in pg_replication_slots")
+                }
+                Halt::Signal(signal) => Failure::new(Kind::Undone, format!("stopped by {signal}")),
+                Halt::Node(error) => error.into(),
+            })
+        }
+    }
+}
+
+/// The plan as people read it.
+fn describe(plan: &Plan) -> String {
+    let mut text = String::new();
+    let mut node = "";
+    for step in &plan.steps {
+        if step.node != node {
+            node = &step.node;
+            let _ = writeln!(text, "{node}:");
+        }
+        let _ = writeln!(text, "  {}", step.action.text());
+    }
+    for line in &plan.stays {
+        let _ = writeln!(text, "stays: {line}");
+    }
+    text
+}
+
+/// What to make of a run that came so far.
+fn stands(mut failure: Failure, plan: &Plan, taken: usize) -> Failure {
+    if taken == 0 {
+        failure.message.push_str("; nothing was changed");
+    } else {
+        failure.kind = Kind::NeedsPerson;
+        let step = &plan.steps[taken];
+        let stands = format!(
+            "{taken} of {} steps are done; this one is not: {}: {}",
+            plan.steps.len(),
+            step.node,
+            step.action.text()
+        );
+        failure.detail = Some(failure.detail.map_or_else(|| stands.clone(), |detail| format!("{detail}\n{stands}")));
+    }
+    let hint = failure.hint.take().map_or_else(String::new, |hint| format!("{hint}; then "));
+    failure.hint = Some(format!("{hint}run deinit again: it goes on from there"));
+    failure.report.insert("taken".into(), json!(taken));
+    failure.report.insert("plan".into(), json!(plan));
+    failure
 }

@@ -14,6 +14,7 @@ mod harness;
 mod hop;
 mod identity;
 mod lasting;
+mod leaving;
 mod oneself;
 mod proven;
 mod replication;

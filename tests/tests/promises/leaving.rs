@@ -1,0 +1,115 @@
+//! `stillebot-agent deinit`: what `init` made is taken away, and the rows stay.
+
+use anyhow::{Result, ensure};
+use stillebot_tests::cluster::DATABASE;
+use stillebot_tests::{Cluster, Server, Shutdown};
+
+use crate::runs::{Run, agent};
+
+/// A set of nodes that `init` has made, with a row.
+async fn initiated(nodes: usize) -> Result<Cluster> {
+    let builder = Cluster::builder().bare().nodes(nodes).config("max_slot_wal_keep_size", "4GB");
+    let cluster = if nodes > 2 { builder.direct() } else { builder }.start().await?;
+    cluster.expect_log("terminating logical replication worker due to administrator command");
+    // Core looks for slots of a copy that is under way, and finds that there is none.
+    cluster.expect_log(" 55006 ");
+    cluster.node("sikorsky").execute(DATABASE, "insert into stillebot.config values (1, 'kept', '{}')").await?;
+    agent(&cluster, &words(&cluster, "init", &["--yes"])).await?.expect_code(0)?;
+    Ok(cluster)
+}
+
+/// A command of the superuser, which takes the same options as `init`.
+fn words<'a>(cluster: &Cluster, command: &'a str, more: &[&'a str]) -> Vec<&'static str> {
+    let options = cluster.init_arguments().into_iter().skip(1);
+    let all = std::iter::once(command.to_owned()).chain(options).chain(more.iter().map(|&word| word.to_owned()));
+    // A test's few words may live as long as the test.
+    all.map(|word| &*word.leak()).collect()
+}
+
+async fn deinit(cluster: &Cluster, more: &[&str]) -> Result<Run> {
+    agent(cluster, &words(cluster, "deinit", more)).await
+}
+
+/// What is left of replication on a node: subscriptions, slots, publications, the extension, settings of the database.
+async fn left(node: &Server) -> Result<String> {
+    node.value(
+        DATABASE,
+        "select format('%s %s %s %s %s', (select count(*) from pg_subscription), (select count(*) from pg_replication_slots),
+                (select count(*) from pg_publication), (select count(*) from pg_extension where extname = 'stillebot'),
+                (select count(*) from pg_db_role_setting))",
+    )
+    .await
+}
+
+#[tokio::test]
+async fn deinit_takes_away_what_init_made_and_leaves_the_rows() -> Result<()> {
+    for nodes in [2, 3] {
+        let cluster = initiated(nodes).await?;
+        let before = left(cluster.node("gideon")).await?;
+        let run = deinit(&cluster, &["--dry-run"]).await?.expect_code(0)?;
+        ensure!(run.json["plan"]["steps"].as_array().is_some_and(|steps| !steps.is_empty()), "{run:#?}");
+        let refused = deinit(&cluster, &[]).await?.expect_code(1)?;
+        ensure!(
+            refused.json["error"].as_str().is_some_and(|error| error.contains("nobody can be asked")),
+            "{refused:#?}"
+        );
+        ensure!(left(cluster.node("gideon")).await? == before, "nothing was agreed to");
+
+        deinit(&cluster, &["--yes"]).await?.expect_code(0)?;
+        for node in cluster.nodes() {
+            ensure!(left(node).await? == "0 0 0 0 0", "{}: {}", node.name(), left(node).await?);
+            let kept: i64 = node.value(DATABASE, "select count(*) from stillebot.config").await?;
+            ensure!(kept == 1, "{}: {kept} rows", node.name());
+            node.execute(DATABASE, "insert into stillebot.config values (2, 'here', '{}')").await?;
+        }
+        let again = deinit(&cluster, &["--yes"]).await?.expect_code(0)?;
+        ensure!(again.json["outcome"] == "nothing_to_do", "{again:#?}");
+        // And back again: the rows are the same everywhere.
+        let args = words(&cluster, "init", &["--yes", "--assume-identical"]);
+        agent(&cluster, &args).await?.expect_code(0)?;
+        cluster.finish().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn deinit_refuses_where_a_node_is_down_or_away_unless_forced_and_says_what_stays() -> Result<()> {
+    let cluster = initiated(2).await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    // gideon, back again, asks for a slot that is gone.
+    cluster.expect_log(" 42704 ");
+    let before = left(sikorsky).await?;
+    gideon.execute(DATABASE, "select stillebot_down('work')").await?;
+    let run = deinit(&cluster, &["--yes"]).await?.expect_code(1)?;
+    ensure!(run.json["error"].as_str().is_some_and(|error| error.contains("gideon is down")), "{run:#?}");
+    gideon.execute(DATABASE, "select stillebot_up()").await?;
+    gideon.stop(Shutdown::Fast).await?;
+    deinit(&cluster, &["--yes"]).await?.expect_code(69)?;
+    ensure!(left(sikorsky).await? == before, "nothing was changed");
+    let run = deinit(&cluster, &["--yes", "--force"]).await?.expect_code(0)?;
+    let stays = run.json["plan"]["stays"].to_string();
+    ensure!(stays.contains("slot multihome on gideon"), "{run:#?}");
+    ensure!(left(sikorsky).await? == "0 0 0 0 0");
+    gideon.start().await?;
+    // What stays can be taken away later.
+    deinit(&cluster, &["--yes", "--roles"]).await?.expect_code(0)?;
+    ensure!(left(gideon).await? == "0 0 0 0 0", "{}", left(gideon).await?);
+    let roles = "select count(*) from pg_roles where rolname in ('stillebot_agent', 'replicator')";
+    for node in cluster.nodes() {
+        ensure!(node.value::<i64>(DATABASE, roles).await? == 0, "roles are left on {}", node.name());
+    }
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn the_extension_and_its_log_can_be_kept() -> Result<()> {
+    let cluster = initiated(2).await?;
+    deinit(&cluster, &["--yes", "--keep-extension"]).await?.expect_code(0)?;
+    for node in cluster.nodes() {
+        ensure!(left(node).await? == "0 0 0 1 0", "{}", left(node).await?);
+        node.execute(DATABASE, "select * from multihome.conflicts").await?;
+        node.execute(DATABASE, "select stillebot_down()").await?;
+        node.execute(DATABASE, "select stillebot_up()").await?;
+    }
+    cluster.finish().await
+}
