@@ -325,13 +325,12 @@ async fn a_backup_restored_to_the_same_place_is_a_copy_too() -> Result<()> {
     write(gideon, "after the backup").await?;
     wait_has(sikorsky, "after the backup").await?;
     sikorsky.stop(Shutdown::Fast).await?;
+    // A backup has no slots: what its subscriber needs is another matter.
+    gideon.execute(DATABASE, "alter subscription multihome disable").await?;
     sikorsky.restore(&backup)?;
     sikorsky.start().await?;
     assert_foreign(sikorsky).await?;
     ensure!(!has(sikorsky, "after the backup").await?);
-    // Its own subscriber has not gone back in time with it, and a backup has no slots; here that is not what is looked at.
-    cluster.expect_log(" 42704 ");
-    gideon.execute(DATABASE, "alter subscription multihome disable").await?;
     sikorsky.execute(DATABASE, "select stillebot_adopt_identity()").await?;
     sikorsky.execute(DATABASE, "select stillebot_up()").await?;
     write(gideon, "from now on").await?;

@@ -242,6 +242,9 @@ fn notices(server: &Server, statement: &str) -> Result<String> {
 async fn what_would_loop_is_warned_of_and_shown_in_status() -> Result<()> {
     let cluster = Cluster::start().await?;
     cluster.expect_log("has origin = any");
+    cluster.expect_log(" 23505 "); // What is warned of: a row of its own that comes back.
+    cluster.expect_log("is active for PID"); // A worker that follows another.
+    cluster.expect_log("is already active for PID");
     cluster.expect_log(" 57P01 "); // DROP SUBSCRIPTION ends the worker.
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
     let warnings = "select coalesce(array_to_string(warnings, '; '), '') from stillebot_status()";
