@@ -11,12 +11,13 @@ const PRIMARY: [&str; 7] = ["LOG", "INFO", "NOTICE", "WARNING", "ERROR", "FATAL"
 const BAD: [&str; 4] = ["WARNING", "ERROR", "FATAL", "PANIC"];
 
 /// What a server or a link that goes away leaves in the logs of everybody around it.
-const WEATHER: [&str; 8] = [
+const WEATHER: [&str; 9] = [
     " 57P0", // sessions ended by a shutdown, connections too early or too late for a server
     " 08006 ",
     "could not connect to the publisher",
     "could not receive data from WAL stream",
     "could not send data to WAL stream",
+    "could not receive database system identifier", // a server that goes between the two
     "could not start WAL streaming",
     "is active for PID", // the subscriber is back before the publisher noticed that it had gone
     "is already active for PID", // a worker is back before the one before it has let go of the subscription's origin
