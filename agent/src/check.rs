@@ -571,7 +571,7 @@ impl<'a> This<'a> {
                 Finding::ok(setting, self.name()).found(found).needed(needed)
             }
             found => {
-                let third = self.survey.free.map_or(10, |free| (free / 3 >> 30).max(1));
+                let third = self.survey.free.map_or(10, |free| ((free / 3) >> 30).max(1));
                 let found = found.map(|_| "no bound".to_owned());
                 self.set(setting, Verdict::Warning, found, needed, &format!("'{third}GB'"))
             }

@@ -57,12 +57,6 @@ pub enum Command {
     /// Takes away what init made, on all nodes; rows stay where they are.
     #[command(after_help = ADMIN_HELP)]
     Deinit(Deinit),
-    /// Changes where a node is reached by the subscriptions of the others, or the files that its own connect with.
-    ///
-    /// With no option: makes them what the configuration says. Looks first whether it is the right node that answers there,
-    /// and puts the old back where replication does not come back. The configuration is not changed: it says which lines to.
-    #[command(after_help = ADMIN_HELP)]
-    SetConnection(SetConnection),
     /// Takes a node down: it refuses writes from then on, through restarts, until somebody says up.
     Down {
         /// The node.
@@ -214,7 +208,6 @@ impl Command {
             Self::Check { .. } => "check",
             Self::Init(_) => "init",
             Self::Deinit(_) => "deinit",
-            Self::SetConnection(_) => "set-connection",
             Self::Down { .. } => "down",
             Self::Up { .. } => "up",
             Self::Hop(_) => "hop",
@@ -327,37 +320,6 @@ pub struct Deinit {
     pub yes: bool,
     /// Say what would be done, and do nothing.
     #[arg(long, conflicts_with = "yes")]
-    pub dry_run: bool,
-}
-
-/// Options of `set-connection`.
-#[derive(Debug, Args)]
-pub struct SetConnection {
-    /// The node.
-    pub node: String,
-    /// Where its peers reach it.
-    #[arg(long)]
-    pub host: Option<String>,
-    /// The port there.
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
-    pub port: Option<u16>,
-    /// What the node's own subscriptions connect with: a file on its host.
-    #[arg(long, value_name = "FILE")]
-    pub cert: Option<PathBuf>,
-    /// The key of that.
-    #[arg(long, value_name = "FILE")]
-    pub key: Option<PathBuf>,
-    /// The certificates that those of its peers must be signed by.
-    #[arg(long, value_name = "FILE")]
-    pub root: Option<PathBuf>,
-    /// Who connects, and how.
-    #[command(flatten)]
-    pub admin: Admin,
-    /// How long replication may take to come back before the old is put back.
-    #[arg(long, value_name = "TIME", default_value = "15s", value_parser = patience)]
-    pub patience: Duration,
-    /// Say what would be done, and do nothing.
-    #[arg(long)]
     pub dry_run: bool,
 }
 
@@ -501,8 +463,6 @@ mod tests {
         assert!(parse("x init --from a --assume-identical").is_err());
         assert!(parse("x init --admin-cert c").is_err());
         assert!(parse("x deinit --roles --force").is_ok());
-        assert!(parse("x set-connection a --host h --port 1").is_ok());
-        assert!(parse("x set-connection --host h").is_err());
     }
 
     #[test]

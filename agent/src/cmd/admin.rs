@@ -1,5 +1,4 @@
-//! What `init`, `deinit` and `set-connection` share: sessions as superuser, on other ways if need be; the operator's consent;
-//! and who somebody is that answers.
+//! What `init` and `deinit` share: sessions as superuser, on other ways if need be, and the operator's consent.
 //!
 //! Deliberately changes nothing.
 
@@ -27,17 +26,6 @@ pub struct Admin {
     config: Config,
     /// Makes those connections.
     pub connector: Connector,
-}
-
-/// A database of a server, as nobody else can claim to be it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Who {
-    /// Given by initdb, and copied with the data.
-    pub system_identifier: String,
-    /// Start of the server, in microseconds by its clock: tells a copy that runs from its original.
-    pub started_us: i64,
-    /// The database.
-    pub database_oid: i64,
 }
 
 impl Admin {
@@ -116,16 +104,6 @@ pub fn consent(context: &Context, plan: &str, yes: bool) -> Result<(), Failure> 
     }
 }
 
-/// Who is at the other end.
-pub async fn who(session: &Session) -> Result<Who, NodeError> {
-    let row = session.row(sql::SETUP_SELF, &[], LOOK_BOUND).await?;
-    Ok(Who {
-        system_identifier: row.get("system_identifier"),
-        started_us: row.get("started_us"),
-        database_oid: row.get("database_oid"),
-    })
-}
-
 /// Why something was not waited for to the end.
 pub enum Halt {
     /// It did not come in that time.
@@ -167,8 +145,6 @@ pub async fn wait<T>(
 pub struct Slot {
     /// Who sends to its reader; none: nobody reads it.
     pub pid: Option<i32>,
-    /// Since when, in microseconds by the server's clock.
-    pub started_us: Option<i64>,
     /// The reader has everything up to the position that was asked about.
     pub heard: bool,
 }
@@ -176,7 +152,7 @@ pub struct Slot {
 /// A slot of this database, if there is one of that name.
 pub async fn slot(publisher: &Session, name: &str, position: Option<PgLsn>) -> Result<Option<Slot>, NodeError> {
     let rows = publisher.rows(sql::SETUP_SLOT, &[&name, &position], LOOK_BOUND).await?;
-    Ok(rows.first().map(|row| Slot { pid: row.get("pid"), started_us: row.get("started_us"), heard: row.get("heard") }))
+    Ok(rows.first().map(|row| Slot { pid: row.get("pid"), heard: row.get("heard") }))
 }
 
 /// What a node has noted about a subscription that does not replicate. Nothing, if it has not even the extension.

@@ -28,7 +28,6 @@ pub mod hop;
 pub mod init;
 mod progress;
 pub mod refresh;
-pub mod set_connection;
 pub mod status;
 pub mod up;
 pub mod watch;
@@ -118,7 +117,6 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Status { watch } => status::run(&context, *watch).await,
         Command::Init(options) => init::run(&context, options).await,
         Command::Deinit(options) => deinit::run(&context, options).await,
-        Command::SetConnection(options) => set_connection::run(&context, options).await,
         Command::Check { verbose } => check::run(&context, *verbose).await,
         Command::Down { node, reason, timeout, terminate, dry_run } => {
             let wish = down::Wish { node, reason: reason.as_deref(), timeout: *timeout, terminate: *terminate };
