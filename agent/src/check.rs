@@ -298,8 +298,7 @@ impl<'a> This<'a> {
 
     /// The other nodes of the configuration.
     fn peers(&self) -> impl Iterator<Item = &'a Node> {
-        let own = self.name();
-        self.config.nodes.iter().filter(move |node| node.name != own)
+        self.config.peers(self.name())
     }
 
     /// Those of them that come later, and could be asked: each pair is compared once.

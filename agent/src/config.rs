@@ -549,6 +549,11 @@ impl Config {
         self.nodes.iter().find(|node| node.name == name)
     }
 
+    /// All nodes but that one.
+    pub fn peers<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Node> {
+        self.nodes.iter().filter(move |peer| peer.name != node)
+    }
+
     /// The name of the subscription, on any node, to what `source` publishes.
     pub fn subscription_to(&self, source: &str) -> String {
         if self.nodes.len() <= 2 { self.subscription.clone() } else { format!("{}_{source}", self.subscription) }

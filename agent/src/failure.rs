@@ -80,6 +80,13 @@ impl Failure {
         self
     }
 
+    /// Adds a line to what there is about it.
+    #[must_use]
+    pub fn also(mut self, line: &str) -> Self {
+        self.detail = Some(self.detail.map_or_else(|| line.to_owned(), |detail| format!("{detail}\n{line}")));
+        self
+    }
+
     /// Adds more about it.
     #[must_use]
     pub fn detail(mut self, detail: impl Into<String>) -> Self {

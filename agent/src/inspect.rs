@@ -8,7 +8,7 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use serde::Serialize;
 use tokio::time::timeout;
 
@@ -18,12 +18,12 @@ use crate::cmd::watch::own_node;
 use crate::condition::{self, Condition, Subject};
 use crate::config::{Certificate, Config, Node, TlsMode, Use};
 use crate::crew::{CONNECT_BOUND, LOOK_BOUND};
-use crate::node::{Handshake, NodeError};
+use crate::node::{Handshake, NodeError, Session};
 use crate::renewal::{self, Note, Outcome};
 use crate::sql;
 
-/// How long everything about one node may take.
-const NODE_BOUND: Duration = Duration::from_secs(8);
+/// How long asking the nodes may take, once there are sessions.
+const ASK_BOUND: Duration = Duration::from_secs(3);
 
 /// How something stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -115,14 +115,28 @@ pub struct File<'a> {
 /// Looks at everything. Takes as long as the slowest node, within bounds.
 pub async fn findings(context: &Context) -> Vec<Finding> {
     let config = &context.config;
-    let sights = join_all(config.nodes.iter().map(|node| async {
-        let sight = timeout(NODE_BOUND, look(context, node)).await;
-        (
-            node.name.as_str(),
-            sight.unwrap_or_else(|_| Sight { served: Some(Err("no answer".into())), ..Sight::default() }),
-        )
+    let connector = &context.connector;
+    let looks = config.nodes.iter().map(|node| join(served(context, node), connector.connect(node, CONNECT_BOUND)));
+    let (served, sessions): (Vec<_>, Vec<_>) = join_all(looks).await.into_iter().unzip();
+    let sessions: BTreeMap<&str, Session> = config
+        .nodes
+        .iter()
+        .zip(sessions)
+        .filter_map(|(node, session)| Some((node.name.as_str(), session.ok()?)))
+        .collect();
+    let presented = join_all(config.nodes.iter().map(|node| async {
+        let presented = timeout(ASK_BOUND, presented(config, node, &sessions)).await;
+        presented.unwrap_or_else(|_| Ok(BTreeMap::new())).unwrap_or_else(|error| {
+            tracing::debug!(%error, "what subscriptions presented is not known");
+            BTreeMap::new()
+        })
     }));
-    let sights: BTreeMap<&str, Sight> = sights.await.into_iter().collect();
+    let sights: BTreeMap<&str, Sight> = config
+        .nodes
+        .iter()
+        .zip(served.into_iter().zip(presented.await))
+        .map(|(node, (served, presented))| (node.name.as_str(), Sight { served, presented }))
+        .collect();
     let own = own_node(config).map(|node| node.name.as_str());
     let notes = notes(config);
     // Of a configuration that hosts share, only what is this one's.
@@ -149,33 +163,32 @@ fn notes(config: &Config) -> Vec<Note> {
     notes.filter(|note| !(under_way && note.outcome == Outcome::Unfinished)).collect()
 }
 
-async fn look(context: &Context, node: &Node) -> Sight {
+/// What a node's server presents; none if it is not running.
+async fn served(context: &Context, node: &Node) -> Option<Result<Chain, String>> {
     let config = &context.config;
-    let mut sight = Sight::default();
-    if config.tls.mode != TlsMode::Disable || config.replication.mode != TlsMode::Disable {
-        sight.served = match context.connector.handshake(node, CONNECT_BOUND).await {
-            Ok(Handshake::Served(chain)) => Some(Ok(chain)),
-            Ok(Handshake::NotRunning) => None,
-            Err(error) => Some(Err(error.message)),
-        };
+    if config.tls.mode == TlsMode::Disable && config.replication.mode == TlsMode::Disable {
+        return None;
     }
-    match presented(context, node).await {
-        Ok(presented) => sight.presented = presented,
-        Err(error) => tracing::debug!(%error, "what subscriptions presented is not known"),
+    match context.connector.handshake(node, CONNECT_BOUND).await {
+        Ok(Handshake::Served(chain)) => Some(Ok(chain)),
+        Ok(Handshake::NotRunning) => None,
+        Err(error) => Some(Err(error.message)),
     }
-    sight
 }
 
-/// What the publishers of a node's subscriptions say that these have presented.
-async fn presented(context: &Context, node: &Node) -> Result<BTreeMap<String, Option<String>>, NodeError> {
-    let config = &context.config;
-    let session = context.connector.connect(node, CONNECT_BOUND).await?;
+/// What the publishers of a node's subscriptions say that these have presented, as far as there is a session on both.
+async fn presented(
+    config: &Config,
+    node: &Node,
+    sessions: &BTreeMap<&str, Session>,
+) -> Result<BTreeMap<String, Option<String>>, NodeError> {
     let mut presented = BTreeMap::new();
-    for source in config.nodes.iter().filter(|source| source.name != node.name) {
+    let Some(session) = sessions.get(node.name.as_str()) else { return Ok(presented) };
+    for source in config.peers(&node.name) {
         let subscription = config.subscription_to(&source.name);
         let rows = session.rows(sql::CERT_WORKER, &[&subscription], LOOK_BOUND).await?;
         let Some(slot) = rows.first().and_then(|row| row.get::<_, Option<String>>("slot")) else { continue };
-        let Ok(peer) = context.connector.connect(source, CONNECT_BOUND).await else { continue };
+        let Some(peer) = sessions.get(source.name.as_str()) else { continue };
         let rows = peer.rows(sql::CERT_SENDER, &[&slot], LOOK_BOUND).await?;
         if let Some(row) = rows.first() {
             let serial = row.get::<_, Option<String>>("serial").and_then(|text| certs::serial_of_decimal(&text));
@@ -214,8 +227,8 @@ pub fn judge(
     let mut findings = Vec::new();
     for node in &config.nodes {
         let Some(sight) = sights.get(node.name.as_str()) else { continue };
-        findings.extend(served(config, node, sight, files, root, now));
-        for source in config.nodes.iter().filter(|source| source.name != node.name) {
+        findings.extend(of_server(config, node, sight, files, root, now));
+        for source in config.peers(&node.name) {
             let serial = sight.presented.get(&source.name).map(Option::as_deref);
             findings.push(client(node, &source.name, serial, sight, files, now));
         }
@@ -245,7 +258,7 @@ pub fn judge(
 }
 
 /// What a server presents, and the root that this leads to.
-fn served(
+fn of_server(
     config: &Config,
     node: &Node,
     sight: &Sight,

@@ -112,7 +112,7 @@ pub fn plan(config: &Config, nodes: &BTreeMap<String, Seen>, wish: Wish) -> Plan
             }
             plan.run(node, format!("drop subscription {subscription}"));
         }
-        let peers = names().filter(|peer| *peer != node).map(|peer| config.slot(node, peer));
+        let peers = config.peers(node).map(|peer| config.slot(node, &peer.name));
         slots.extend(peers.map(|slot| (node.to_owned(), slot)));
     }
     for (publisher, slot) in slots {
@@ -169,7 +169,7 @@ mod tests {
     }
 
     fn seen(config: &Config, node: &str) -> Seen {
-        let peers = || config.nodes.iter().filter(|peer| peer.name != node);
+        let peers = || config.peers(node);
         let subscription = |peer: &crate::config::Node| Subscription {
             name: config.subscription_to(&peer.name),
             enabled: true,

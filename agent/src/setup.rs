@@ -580,7 +580,7 @@ impl<'a> Planner<'a> {
 
     /// Old names, and what earlier set-ups have left.
     fn tidy(&self, node: &'a str, names: &Names<'_>, data: &Data, steps: &mut Vec<Step>) {
-        for peer in self.config.nodes.iter().filter(|peer| peer.name != node) {
+        for peer in self.config.peers(node) {
             let wanted = self.config.subscription_to(&peer.name);
             let (Some(found), Some(own)) = (names.get(&(node, peer.name.as_str())), self.config.node(node)) else {
                 continue;

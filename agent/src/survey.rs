@@ -308,7 +308,7 @@ pub struct Identity {
 
 /// Asks one node everything. Fails only if the connection does, or if the server is not one that can be asked.
 pub async fn take(session: &Session, config: &Config, node: &Node, bound: Duration) -> Result<Survey, NodeError> {
-    let others = || config.nodes.iter().filter(|other| other.name != node.name);
+    let others = || config.peers(&node.name);
     let slots: Vec<String> = others().map(|other| config.slot(&node.name, &other.name)).collect();
     let subscriptions: Vec<String> = others().map(|other| config.subscription_to(&other.name)).collect();
     let about: Vec<About> = read(session, sql::SURVEY_NODE, &[&slots, &subscriptions], bound).await?;

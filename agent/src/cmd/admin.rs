@@ -1,4 +1,5 @@
-//! What `init` and `deinit` share: sessions as superuser, on other ways if need be, and the operator's consent.
+//! What `init` and `deinit` share: sessions as superuser, on other ways if need be; how a plan is shown, the operator's consent, and
+//! what is said of a run that did not come to its end.
 //!
 //! Deliberately changes nothing.
 
@@ -6,6 +7,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
 use std::time::Duration;
 
+use serde_json::json;
 use tokio::time::{Instant, sleep};
 use tokio_postgres::types::PgLsn;
 
@@ -82,6 +84,61 @@ impl Admin {
             None => Ok(crew),
         }
     }
+}
+
+/// Steps as people read them: the node of each, and its lines; the name of a node stands where it changes.
+pub fn by_node<'a>(steps: impl IntoIterator<Item = (&'a str, String)>) -> String {
+    let mut text = String::new();
+    let mut last = "";
+    for (node, lines) in steps {
+        if node != last {
+            last = node;
+            text.push_str(&format!("{node}:\n"));
+        }
+        text.push_str(&format!("  {lines}\n"));
+    }
+    text
+}
+
+/// An error if a signal has come.
+pub fn go_on(context: &Context) -> Result<(), Failure> {
+    context.signals.received().map_or(Ok(()), |signal| Err(stopped(signal)))
+}
+
+/// A signal came before the end.
+pub fn stopped(signal: &str) -> Failure {
+    Failure::new(Kind::Undone, format!("stopped by {signal}"))
+}
+
+/// What a run has left that did so many of these steps, and what else it left; the same command again goes on from there.
+pub fn cut_off(
+    mut failure: Failure,
+    command: &str,
+    steps: &[(&str, String)],
+    taken: usize,
+    left: Option<String>,
+) -> Failure {
+    if taken == 0 && left.is_none() {
+        failure.message.push_str("; nothing was changed");
+    } else {
+        let mut stands = format!("{taken} of {} steps are done", steps.len());
+        if let Some((node, step)) = steps.get(taken) {
+            stands.push_str(&format!("; this one is not: {node}: {step}"));
+        }
+        failure = failure.also(&stands);
+        if let Some(left) = left {
+            failure = failure.also(&left);
+        }
+        failure.kind = Kind::NeedsPerson;
+    }
+    let again = format!("run {command} again: it goes on from there");
+    match &mut failure.hint {
+        Some(hint) if hint.contains("again") => {}
+        Some(hint) => hint.push_str(&format!("; then {again}")),
+        None => failure.hint = Some(again),
+    }
+    failure.report.insert("taken".into(), json!(taken));
+    failure
 }
 
 /// Shows a plan and asks whether to go on. Without a terminal nobody can be asked.

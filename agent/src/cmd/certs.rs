@@ -505,7 +505,7 @@ impl<'a> Deployment<'a> {
         }
         let session = connector.connect(node, CONNECT_BOUND).await.map_err(|error| error.to_string())?;
         let mut proofs = Vec::new();
-        for source in self.config.nodes.iter().filter(|source| source.name != node.name) {
+        for source in self.config.peers(&node.name) {
             let subscription = self.config.subscription_to(&source.name);
             let peer = self.connector()?.connect(source, CONNECT_BOUND).await.ok();
             let (proof, gap) = self.reconnect_one(&session, peer.as_ref(), source, &subscription, facts).await?;

@@ -13,10 +13,10 @@ use serde_json::json;
 use super::{Context, Reply};
 use crate::check::{self, Finding, Place, Remedy, Seen, Verdict};
 use crate::config::Node;
-use crate::crew::{CONNECT_BOUND, LOOK_BOUND};
+use crate::crew::LOOK_BOUND;
 use crate::failure::{Failure, Kind};
 use crate::inspect;
-use crate::node::{NodeError, Trouble, try_each};
+use crate::node::{NodeError, Session, try_each};
 use crate::survey::{self, Survey};
 
 /// How long everything about one node may take.
@@ -77,21 +77,8 @@ pub async fn look(context: &Context) -> Looked {
 }
 
 async fn ask(context: &Context, node: &Node) -> Result<Survey, NodeError> {
-    let work = async {
-        let session = context.connector.connect(node, CONNECT_BOUND).await?;
-        survey::take(&session, &context.config, node, LOOK_BOUND).await
-    };
-    tokio::time::timeout(NODE_BOUND, work).await.unwrap_or_else(|_| {
-        Err(NodeError {
-            node: node.name.clone(),
-            place: format!("{}:{}", node.host, node.port).into(),
-            trouble: Trouble::Lost,
-            message: format!("no answer within {}", humantime::format_duration(NODE_BOUND)),
-            detail: None,
-            hint: None,
-            answered: false,
-        })
-    })
+    let take = async |session: &Session| survey::take(session, &context.config, node, LOOK_BOUND).await;
+    context.visit(node, NODE_BOUND, take).await
 }
 
 /// The addresses of a node, for the agent and for its peers' subscriptions.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::admin::{Admin, Halt, consent, wait};
+use super::admin::{self, Admin, Halt, consent, wait};
 use super::{Context, Reply, unreachable};
 use crate::cli::Deinit;
 use crate::crew::{Crew, LOOK_BOUND};
@@ -55,7 +55,11 @@ pub async fn run(context: &Context, options: &Deinit) -> Result<Reply, Failure> 
     }
     consent(context, &text, options.yes)?;
     for (taken, step) in plan.steps.iter().enumerate() {
-        take(context, &crew, step).await.map_err(|failure| stands(failure, &plan, taken))?;
+        take(context, &crew, step).await.map_err(|failure| {
+            let mut failure = admin::cut_off(failure, "deinit", &steps(&plan), taken, None);
+            failure.report.insert("plan".into(), json!(plan));
+            failure
+        })?;
     }
     let stays: String = plan.stays.iter().map(|line| format!("stays: {line}\n")).collect();
     Ok(Reply::done(
@@ -87,9 +91,7 @@ async fn look(context: &Context, crew: &Crew<'_>) -> Result<BTreeMap<String, See
 }
 
 async fn take(context: &Context, crew: &Crew<'_>, step: &Step) -> Result<(), Failure> {
-    if let Some(signal) = context.signals.received() {
-        return Err(Failure::new(Kind::Undone, format!("stopped by {signal}")));
-    }
+    admin::go_on(context)?;
     let session = crew.session(&step.node)?;
     match &step.action {
         Action::Run { statement } => Ok(session.run(statement, STATEMENT_BOUND).await?),
@@ -103,7 +105,7 @@ async fn take(context: &Context, crew: &Crew<'_>, step: &Step) -> Result<(), Fai
                     let message = format!("{}: slot {slot} is still in use", step.node);
                     Failure::new(Kind::Undone, message).hint("see who reads it in pg_replication_slots")
                 }
-                Halt::Signal(signal) => Failure::new(Kind::Undone, format!("stopped by {signal}")),
+                Halt::Signal(signal) => admin::stopped(signal),
                 Halt::Node(error) => error.into(),
             })
         }
@@ -112,39 +114,10 @@ async fn take(context: &Context, crew: &Crew<'_>, step: &Step) -> Result<(), Fai
 
 /// The plan as people read it.
 fn describe(plan: &Plan) -> String {
-    let mut text = String::new();
-    let mut node = "";
-    for step in &plan.steps {
-        if step.node != node {
-            node = &step.node;
-            let _ = writeln!(text, "{node}:");
-        }
-        let _ = writeln!(text, "  {}", step.action.text());
-    }
-    for line in &plan.stays {
-        let _ = writeln!(text, "stays: {line}");
-    }
-    text
+    let stays: String = plan.stays.iter().map(|line| format!("stays: {line}\n")).collect();
+    admin::by_node(steps(plan)) + &stays
 }
 
-/// What to make of a run that came so far.
-fn stands(mut failure: Failure, plan: &Plan, taken: usize) -> Failure {
-    if taken == 0 {
-        failure.message.push_str("; nothing was changed");
-    } else {
-        failure.kind = Kind::NeedsPerson;
-        let step = &plan.steps[taken];
-        let stands = format!(
-            "{taken} of {} steps are done; this one is not: {}: {}",
-            plan.steps.len(),
-            step.node,
-            step.action.text()
-        );
-        failure.detail = Some(failure.detail.map_or_else(|| stands.clone(), |detail| format!("{detail}\n{stands}")));
-    }
-    let hint = failure.hint.take().map_or_else(String::new, |hint| format!("{hint}; then "));
-    failure.hint = Some(format!("{hint}run deinit again: it goes on from there"));
-    failure.report.insert("taken".into(), json!(taken));
-    failure.report.insert("plan".into(), json!(plan));
-    failure
+fn steps(plan: &Plan) -> Vec<(&str, String)> {
+    plan.steps.iter().map(|step| (step.node.as_str(), step.action.text())).collect()
 }

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use futures_util::future::{join, join_all};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 use tokio_postgres::types::PgLsn;
@@ -87,16 +88,9 @@ pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
 
 /// The plan as people read it.
 fn describe(plan: &Plan) -> String {
-    let mut text = String::new();
-    let mut node = "";
-    for step in &plan.steps {
-        if step.node != node {
-            node = &step.node;
-            let _ = writeln!(text, "{node}:");
-        }
-        let _ = writeln!(text, "  {}\n      {}", step.action.text(), step.why);
-    }
-    text
+    admin::by_node(
+        plan.steps.iter().map(|step| (step.node.as_str(), format!("{}\n      {}", step.action.text(), step.why))),
+    )
 }
 
 /// A row, or a position, that has gone from one node to another.
@@ -160,10 +154,10 @@ impl<'a> Work<'a> {
         let config = &self.context.config;
         let mut surveys: BTreeMap<String, Survey> = BTreeMap::new();
         let mut places = BTreeMap::new();
-        for node in self.nodes() {
-            let survey = survey::take(self.session(&node.name)?, config, node, LOOK_BOUND).await?;
-            surveys.insert(node.name.clone(), survey);
-            places.insert(node.name.clone(), super::check::places(node).await);
+        let looks = self.nodes().iter().map(|node| join(self.survey(&node.name), super::check::places(node)));
+        for (node, (survey, answers)) in self.nodes().iter().zip(join_all(looks).await) {
+            surveys.insert(node.name.clone(), survey?);
+            places.insert(node.name.clone(), answers);
         }
         let findings: Vec<Finding> = check::findings(&Looked { config, surveys: &surveys, places: &places });
         setup::preconditions(&findings).map_err(refused)?;
@@ -200,19 +194,13 @@ impl<'a> Work<'a> {
         let full: Vec<&Table> =
             setup::replicated(&seen.survey).filter(|table| seen.filled.contains_key(&table.name)).collect();
         let mut counted = BTreeMap::new();
+        read_alike(session).await?;
         for table in full {
-            self.go_on()?;
+            admin::go_on(self.context)?;
             counted.insert(table.name.clone(), Some(content(session, table).await?));
         }
         seen.filled = counted;
         Ok(())
-    }
-
-    fn go_on(&self) -> Result<(), Failure> {
-        match self.context.signals.received() {
-            Some(signal) => Err(Failure::new(Kind::Undone, format!("stopped by {signal}"))),
-            None => Ok(()),
-        }
     }
 
     // ---- acting ----
@@ -221,7 +209,7 @@ impl<'a> Work<'a> {
         let progress = Progress::new(self.context.json);
         let total = plan.steps.len();
         for step in &plan.steps {
-            self.go_on()?;
+            admin::go_on(self.context)?;
             progress.say(&format!("[{}/{total}] {}: {}", self.taken + 1, step.node, step.action.text()));
             self.take(step, plan, &progress).await?;
             self.taken += 1;
@@ -287,10 +275,12 @@ impl<'a> Work<'a> {
         let mut all: Vec<(String, BTreeMap<String, Content>)> = Vec::new();
         for node in self.nodes() {
             let survey = self.survey(&node.name).await?;
+            let session = self.session(&node.name)?;
             let mut contents = BTreeMap::new();
+            read_alike(session).await?;
             for table in setup::replicated(&survey) {
-                self.go_on()?;
-                contents.insert(table.name.clone(), content(self.session(&node.name)?, table).await?);
+                admin::go_on(self.context)?;
+                contents.insert(table.name.clone(), content(session, table).await?);
             }
             all.push((node.name.clone(), contents));
         }
@@ -336,7 +326,7 @@ impl<'a> Work<'a> {
             tokio::select! {
                 made = &mut making => break made.map_err(Failure::from),
                 signal = self.context.signals.wait() => {
-                    break Err(Failure::new(Kind::Undone, format!("stopped by {signal}")));
+                    break Err(admin::stopped(signal));
                 }
                 () = sleep(Duration::from_millis(500)) => {
                     let waiting = source.rows(sql::SETUP_WAITING, &[&slot], LOOK_BOUND).await?;
@@ -429,7 +419,7 @@ impl<'a> Work<'a> {
     async fn halted(&self, halt: Halt, node: &str, publisher: &str, what: &str) -> Failure {
         match halt {
             Halt::Node(error) => error.into(),
-            Halt::Signal(signal) => Failure::new(Kind::Undone, format!("stopped by {signal}")),
+            Halt::Signal(signal) => admin::stopped(signal),
             Halt::Late => {
                 let subscription = self.context.config.subscription_to(publisher);
                 let patience = humantime::format_duration(self.options.patience);
@@ -476,7 +466,7 @@ impl<'a> Work<'a> {
                 }
                 if moved.elapsed() > self.options.patience {
                     let failure = self.halted(Halt::Late, node, publisher, "copies nothing more").await;
-                    return Err(add_detail(failure, &stands));
+                    return Err(failure.also(&stands));
                 }
                 tokio::select! {
                     signal = self.context.signals.wait() => {
@@ -574,39 +564,16 @@ impl<'a> Work<'a> {
     // ---- how it ends ----
 
     /// What a run that did not come to its end has left.
-    fn stands(&self, mut failure: Failure, plan: &Plan) -> Failure {
-        let total = plan.steps.len();
-        if self.taken == 0 && self.closed.is_empty() {
-            failure.message.push_str("; nothing was changed");
-        } else {
-            let mut stands = format!("{} of {total} steps are done", self.taken);
-            if let Some(step) = plan.steps.get(self.taken) {
-                let _ = write!(stands, "; this one is not: {}: {}", step.node, step.action.text());
-            }
-            if !self.closed.is_empty() {
-                let closed: Vec<&str> = self.closed.iter().map(String::as_str).collect();
-                let _ = write!(stands, "\n{} stays down until init has come to its end", closed.join(", "));
-            }
-            failure = add_detail(failure, &stands);
-            failure.kind = Kind::NeedsPerson;
-        }
-        let hint = failure.hint.get_or_insert_with(|| "run init again: it goes on from there".into());
-        if !hint.contains("again") {
-            hint.push_str("; then run init again: it goes on from there");
-        }
-        failure.report.insert("taken".into(), json!(self.taken));
+    fn stands(&self, failure: Failure, plan: &Plan) -> Failure {
+        let steps: Vec<_> = plan.steps.iter().map(|step| (step.node.as_str(), step.action.text())).collect();
+        let closed: Vec<&str> = self.closed.iter().map(String::as_str).collect();
+        let left =
+            (!closed.is_empty()).then(|| format!("{} stays down until init has come to its end", closed.join(", ")));
+        let mut failure = admin::cut_off(failure, "init", &steps, self.taken, left);
         failure.report.insert("plan".into(), json!(plan));
         failure.report.insert("closed".into(), json!(self.closed));
         failure
     }
-}
-
-fn add_detail(mut failure: Failure, line: &str) -> Failure {
-    failure.detail = Some(match failure.detail {
-        Some(detail) => format!("{detail}\n{line}"),
-        None => line.to_owned(),
-    });
-    failure
 }
 
 fn refused(refusal: Refusal) -> Failure {
@@ -645,6 +612,13 @@ async fn filled(session: &Session, survey: &Survey) -> Result<Vec<String>, NodeE
     Ok(rows.iter().map(|row| row.get("relation")).collect())
 }
 
+/// From here on, what a value looks like as text does not depend on the server.
+async fn read_alike(session: &Session) -> Result<(), NodeError> {
+    let alike = "set timezone = 'UTC'; set datestyle = 'ISO'; set intervalstyle = 'postgres'; set extra_float_digits = 1; \
+                 set bytea_output = 'hex'; set xmloption = 'content'";
+    session.run(alike, LOOK_BOUND).await
+}
+
 /// How many rows a table has, and a sum over them that does not depend on their order, nor on the order of the columns.
 async fn content(session: &Session, table: &Table) -> Result<Content, NodeError> {
     let mut columns: Vec<&str> = table.columns.iter().map(|column| column.name.as_str()).collect();
@@ -654,10 +628,6 @@ async fn content(session: &Session, table: &Table) -> Result<Content, NodeError>
         columns.join(", "),
         table.name
     );
-    // What a value looks like as text must not depend on the server.
-    let alike = "set timezone = 'UTC'; set datestyle = 'ISO'; set intervalstyle = 'postgres'; set extra_float_digits = 1; \
-                 set bytea_output = 'hex'; set xmloption = 'content'";
-    session.run(alike, LOOK_BOUND).await?;
     let row = session.row(&query, &[], COMPARE_BOUND).await?;
     Ok(Content { rows: row.get("rows"), checksum: row.get("checksum") })
 }

@@ -11,9 +11,9 @@ use serde_json::{Map, Value, json};
 
 use crate::cli::{Certs, Cli, Command};
 use crate::config::{Config, Node};
-use crate::crew::{Crew, LOOK_BOUND};
+use crate::crew::{CONNECT_BOUND, Crew, LOOK_BOUND};
 use crate::failure::{Failure, Kind};
-use crate::node::{Connector, NodeError, Trouble};
+use crate::node::{Connector, NodeError, Session, Trouble};
 use crate::sql;
 use crate::stop::Signals;
 
@@ -58,6 +58,27 @@ impl Context {
             let names: Vec<&str> = self.config.nodes.iter().map(|node| node.name.as_str()).collect();
             Failure::new(Kind::Usage, format!("there is no node {name} in the configuration"))
                 .hint(format!("the nodes are {}", names.join(", ")))
+        })
+    }
+
+    /// Connects to a node and asks it something, all of it within a bound.
+    pub async fn visit<T>(
+        &self,
+        node: &Node,
+        bound: Duration,
+        ask: impl AsyncFnOnce(&Session) -> Result<T, NodeError>,
+    ) -> Result<T, NodeError> {
+        let work = async { ask(&self.connector.connect(node, CONNECT_BOUND).await?).await };
+        tokio::time::timeout(bound, work).await.unwrap_or_else(|_| {
+            Err(NodeError {
+                node: node.name.clone(),
+                place: format!("{}:{}", node.host, node.port).into(),
+                trouble: Trouble::Lost,
+                message: format!("no answer within {}", humantime::format_duration(bound)),
+                detail: None,
+                hint: None,
+                answered: false,
+            })
         })
     }
 

@@ -5,29 +5,30 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::IsTerminal as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use comfy_table::{Cell, Color};
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use serde_json::{Value, json};
 
 use super::{Context, Reply, print, render, table};
 use crate::config::Node;
-use crate::crew::{CONNECT_BOUND, LOOK_BOUND};
+use crate::crew::LOOK_BOUND;
 use crate::facts::{self, Direction, Facts, Verdict};
 use crate::failure::{Failure, Kind};
 use crate::inspect::{self, Level};
-use crate::node::NodeError;
+use crate::node::{NodeError, Session};
 
 /// How long everything about one node may take.
 const NODE_BOUND: Duration = Duration::from_secs(8);
 
 /// Runs it, once or until a signal comes.
 pub async fn run(context: &Context, watch: Option<f64>) -> Result<Reply, Failure> {
-    let Some(seconds) = watch else { return Ok(once(context).await) };
+    let mut certificates = None;
+    let Some(seconds) = watch else { return Ok(once(context, &mut certificates).await) };
     loop {
         let reply = tokio::select! {
-            reply = once(context) => reply,
+            reply = once(context, &mut certificates) => reply,
             _ = context.signals.wait() => break,
         };
         if context.json {
@@ -46,29 +47,25 @@ pub async fn run(context: &Context, watch: Option<f64>) -> Result<Reply, Failure
 }
 
 async fn look(context: &Context, node: &Node) -> Result<Facts, NodeError> {
-    let work = async {
-        let session = context.connector.connect(node, CONNECT_BOUND).await?;
-        facts::gather(&session, &context.config, LOOK_BOUND).await
-    };
-    match tokio::time::timeout(NODE_BOUND, work).await {
-        Ok(result) => result,
-        Err(_) => Err(NodeError {
-            node: node.name.clone(),
-            place: format!("{}:{}", node.host, node.port).into(),
-            trouble: crate::node::Trouble::Lost,
-            message: format!("no answer within {}", humantime::format_duration(NODE_BOUND)),
-            detail: None,
-            hint: None,
-            answered: false,
-        }),
-    }
+    let gather = async |session: &Session| facts::gather(session, &context.config, LOOK_BOUND).await;
+    context.visit(node, NODE_BOUND, gather).await
 }
 
-async fn once(context: &Context) -> Reply {
+/// Certificates, and when they were looked at: that takes more than all the rest, and they change less.
+type Certificates = Option<(Instant, Vec<inspect::Finding>)>;
+
+async fn once(context: &Context, certificates: &mut Certificates) -> Reply {
     let config = &context.config;
     let looks = join_all(config.nodes.iter().map(|node| look(context, node)));
-    let (results, mut certificates) = futures_util::future::join(looks, inspect::findings(context)).await;
-    certificates.retain(|finding| finding.level >= Level::Warning);
+    let known = certificates.take().filter(|(at, _)| at.elapsed() < config.watch.certificates);
+    let inspection = async {
+        match known {
+            Some(known) => known,
+            None => (Instant::now(), inspect::findings(context).await),
+        }
+    };
+    let (results, inspected) = join(looks, inspection).await;
+    let bad: Vec<&inspect::Finding> = inspected.1.iter().filter(|finding| finding.level >= Level::Warning).collect();
     let (mut facts, mut errors) = (BTreeMap::new(), BTreeMap::new());
     for (node, result) in config.nodes.iter().zip(results) {
         match result {
@@ -80,7 +77,7 @@ async fn once(context: &Context) -> Reply {
     let verdict = facts::verdict(config, &facts, &missing);
     let directions = facts::directions(config, &facts);
     let kind = (!errors.is_empty()).then_some(Kind::Unreachable);
-    let text = text(context, &facts, &errors, &directions, &certificates, &verdict);
+    let text = text(context, &facts, &errors, &directions, &bad, &verdict);
     let nodes: Vec<Value> = config
         .nodes
         .iter()
@@ -98,7 +95,8 @@ async fn once(context: &Context) -> Reply {
         .collect();
     let hop = facts.values().filter_map(|f| f.state.as_ref()).find_map(|state| state.hop.clone());
     let json = json!({"command": "status", "nodes": nodes, "replication": directions, "unfinished_hop": hop,
-        "certificates": certificates, "verdict": verdict});
+        "certificates": bad, "verdict": verdict});
+    *certificates = Some(inspected);
     Reply { text, json, kind }
 }
 
@@ -107,7 +105,7 @@ fn text(
     facts: &BTreeMap<String, Facts>,
     errors: &BTreeMap<String, NodeError>,
     directions: &[Direction],
-    certificates: &[inspect::Finding],
+    certificates: &[&inspect::Finding],
     verdict: &Verdict,
 ) -> String {
     let mut nodes = table(&["node", "state", "since", "by", "why", "writers", "active side"]);
