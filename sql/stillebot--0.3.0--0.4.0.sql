@@ -82,14 +82,6 @@ alter function multihome.record(jsonb) rename to write_down;
 comment on function multihome.write_down(jsonb) is
 'Writes down what a replication worker reported, and returns the number of the row; 0 if there is none of it. For multihome.record().';
 
-create function multihome.is_refusal(message_id text) returns boolean
-language sql immutable parallel safe
-set search_path = pg_catalog, pg_temp
-return message_id in ('subscription "%s" would replicate this database to itself',
-                      'subscription "%s" does not replicate: this data directory is a copy of another node''s');
-revoke execute on function multihome.is_refusal(text) from public;
-comment on function multihome.is_refusal(text) is 'Whether the extension itself keeps a worker from replicating, which trying again does not change.';
-
 create function multihome.record(event jsonb) returns bigint
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -97,10 +89,11 @@ as $$
 declare
     name text;
 begin
-    if event ->> 'message_id' like '% is a copy of another node''s' and multihome.is_refusal(event ->> 'message_id') then
+    -- As subscription.rs words them.
+    if event ->> 'message_id' = 'subscription "%s" does not replicate: this data directory is a copy of another node''s' then
         return 0; -- multihome.park() is for that.
     end if;
-    if multihome.is_refusal(event ->> 'message_id') then
+    if event ->> 'message_id' = 'subscription "%s" would replicate this database to itself' then
         select s.subname into name from pg_subscription s where s.oid = (event ->> 'subscription')::oid and s.subenabled;
         if found then
             begin

@@ -1,5 +1,13 @@
 -- Server, database and extension, as set-up wants them; what of the rest this role may ask; how many of the places that
 -- replication takes are taken by others. $1: the slots, $2: the subscriptions that the configuration knows.
+with allowed as (
+    select p.proname
+      from pg_proc p
+      join pg_namespace n on n.oid = p.pronamespace
+     where n.nspname = 'multihome'
+       and has_schema_privilege(n.oid, 'usage')
+       and has_function_privilege(p.oid, 'execute')
+)
 select jsonb_build_object(
            'version', current_setting('server_version'),
            'version_num', current_setting('server_version_num')::int4,
@@ -18,20 +26,8 @@ select jsonb_build_object(
            'extension', (select e.extversion from pg_extension e where e.extname = 'stillebot'),
            'extension_available', (select a.default_version from pg_available_extensions a where a.name = 'stillebot'),
            'may_see_rules', has_function_privilege('pg_catalog.pg_hba_file_rules()', 'execute'),
-           'may_see_connections', exists (select
-                                            from pg_proc p
-                                            join pg_namespace n on n.oid = p.pronamespace
-                                           where n.nspname = 'multihome'
-                                             and p.proname = 'connections'
-                                             and has_schema_privilege(n.oid, 'usage')
-                                             and has_function_privilege(p.oid, 'execute')),
-           'knows_itself', exists (select
-                                     from pg_proc p
-                                     join pg_namespace n on n.oid = p.pronamespace
-                                    where n.nspname = 'multihome'
-                                      and p.proname = 'identity'
-                                      and has_schema_privilege(n.oid, 'usage')
-                                      and has_function_privilege(p.oid, 'execute')),
+           'may_see_connections', exists (select from allowed where proname = 'connections'),
+           'knows_itself', exists (select from allowed where proname = 'identity'),
            'client', host(inet_client_addr()),
            'client_tls', (select t.ssl from pg_stat_ssl t where t.pid = pg_backend_pid()),
            'other_slots', (select count(*) from pg_replication_slots s where not s.slot_name = any ($1) and not s.temporary),
