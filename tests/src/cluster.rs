@@ -414,7 +414,7 @@ impl Cluster {
         Ok(Hopped { write_gap: Duration::from_secs_f64(gap.max(0.0) / 1000.0), began, ended })
     }
 
-    /// Certificates of bare nodes' subscriptions, and one of a superuser: see [`Cluster::init_arguments`].
+    /// Certificates of bare nodes' subscriptions, and one of a superuser: see [`Cluster::as_admin`].
     fn issue_certificates(&self) -> Result<()> {
         for node in &self.nodes {
             node.outgoing_tls("replicator")?;
@@ -424,10 +424,12 @@ impl Cluster {
         crate::server::write_secret(&self.directory.path().join("admin.key"), &identity.key_pem()?)
     }
 
-    /// The arguments of `init` by a superuser with a certificate, on bare nodes.
-    pub fn init_arguments(&self) -> Vec<String> {
+    /// A command of the agent as a superuser with a certificate gives it, on bare nodes: `init` or `deinit`, with these options.
+    pub fn as_admin(&self, command: &str, options: &[&str]) -> Vec<String> {
         let file = |name: &str| self.directory.path().join(name).display().to_string();
-        ["init", "--admin-cert", &file("admin.pem"), "--admin-key", &file("admin.key")].map(str::to_owned).to_vec()
+        let (cert, key) = (file("admin.pem"), file("admin.key"));
+        let words = [command, "--admin-cert", &cert, "--admin-key", &key];
+        words.iter().chain(options).map(|&word| word.to_owned()).collect()
     }
 
     /// Writes the agent's configuration anew, with these nodes only.

@@ -34,7 +34,7 @@ pub struct Host {
 impl Host {
     /// A host as it is when Debian and PostgreSQL's packages have been installed, and nothing configured.
     pub async fn start(name: &str) -> Result<Self> {
-        let image = workspace().join("target/debian-13/root");
+        let image = workspace().join("target/debian-13/system");
         ensure!(image.exists(), "there is no {}; run scripts/debian-image as root", image.display());
         let directory = Scratch::new(name)?;
         let [upper, work, root] = ["upper", "work", "root"].map(|part| directory.path().join(part));
@@ -107,7 +107,7 @@ impl Host {
         let init = self.init().with_context(|| format!("{} does not run", self.name))?;
         let mut command = Command::new("nsenter");
         command.arg("--target").arg(init.to_string()).args(["--mount", "--uts", "--net", "--pid", "--root", "--wd"]);
-        command.args(["env", "-i", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"]);
+        command.args(["env", "-i", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/"]);
         command.args(["LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive", "sh", "-euc", script]).stdin(Stdio::null());
         Ok(command)
     }

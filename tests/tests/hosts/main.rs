@@ -24,9 +24,9 @@ fn packages() -> Result<Vec<PathBuf>> {
 fn install(host: &Host) -> Result<()> {
     for package in packages()? {
         let name = package.file_name().context("a file")?;
-        fs::copy(&package, host.path("/root").join(name)).with_context(|| package.display().to_string())?;
+        fs::copy(&package, host.path("/srv").join(name)).with_context(|| package.display().to_string())?;
     }
-    host.run("dpkg -i /root/*.deb").map(drop)
+    host.run("dpkg -i /srv/*.deb").map(drop)
 }
 
 /// Makes the cluster that Debian would have made, with what stillebot wants of it; started.

@@ -40,7 +40,7 @@ async fn the_packages_install_are_upgraded_and_are_removed_on_a_debian_host() ->
 
     // A later package: the same with another version.
     host.run(
-        "cd /root; for deb in *.deb; do dpkg-deb -R $deb unpacked; sed -i 's/^Version: .*/&+later/' unpacked/DEBIAN/control
+        "cd /srv; for deb in *.deb; do dpkg-deb -R $deb unpacked; sed -i 's/^Version: .*/&+later/' unpacked/DEBIAN/control
          dpkg-deb -b unpacked later-$deb >/dev/null; rm -r unpacked $deb; done; dpkg -i later-*.deb
          dpkg-query -W -f '${Version}' stillebot-agent | grep -q later
          pg_ctlcluster 17 main restart",
@@ -58,7 +58,7 @@ async fn the_packages_install_are_upgraded_and_are_removed_on_a_debian_host() ->
     let configuration = fs::read_to_string(host.path("/etc/stillebot/agent.toml"))?;
     host.run("dpkg -P stillebot-agent postgresql-17-stillebot")?;
     ensure!(host.sql("stillebot", "insert into t values (2); select count(*) from t")? == "2");
-    let left = host.run("find / -xdev -name '*stillebot*' -not -path '/proc/*' -not -path '/root/*'")?;
+    let left = host.run("find / -xdev -name '*stillebot*' -not -path '/proc/*' -not -path '/srv/*'")?;
     let expected = ["/etc/postgresql/17/main/conf.d/stillebot.conf", "/etc/stillebot"];
     ensure!(left.lines().all(|path| expected.contains(&path)), "left behind:\n{left}");
     // The operator's own file is no business of a package that did not bring it.

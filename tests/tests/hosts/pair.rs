@@ -55,8 +55,8 @@ async fn furnish(host: &Host, authority: &Authority) -> Result<()> {
         place(host, &format!("{folder}/{role}-key.pem"), &client.key_pem()?, owner)?;
     }
     let admin = authority.client("operator")?;
-    place(host, "/root/operator.pem", &admin.certificate_pem()?, "root")?;
-    place(host, "/root/operator-key.pem", &admin.key_pem()?, "root")?;
+    place(host, "/srv/operator.pem", &admin.certificate_pem()?, "root")?;
+    place(host, "/srv/operator-key.pem", &admin.key_pem()?, "root")?;
     host.run(&format!(
         "cat >>{CLUSTER}/conf.d/stillebot.conf <<'END'
 ssl = on
@@ -114,8 +114,7 @@ async fn two_debian_hosts_become_a_pair_hop_and_come_back_as_they_were() -> Resu
     }
     sikorsky.sql("stillebot", "insert into config select i, 'v' || i from generate_series(1, 20000) i")?;
 
-    let init =
-        "stillebot-agent init --admin operator --admin-cert /root/operator.pem --admin-key /root/operator-key.pem";
+    let init = "stillebot-agent init --admin operator --admin-cert /srv/operator.pem --admin-key /srv/operator-key.pem";
     let plan = sikorsky.run(&format!("{init} --dry-run"))?;
     ensure!(plan.contains("create subscription") && plan.contains("gideon.example.net"), "{plan}");
     ensure!(sikorsky.sql("stillebot", "select count(*) from pg_publication")? == "0");
@@ -157,8 +156,8 @@ async fn two_debian_hosts_become_a_pair_hop_and_come_back_as_they_were() -> Resu
     );
 
     let gone = sikorsky.run(
-        "stillebot-agent up gideon >/dev/null; stillebot-agent deinit --yes --admin operator --admin-cert /root/operator.pem \
-         --admin-key /root/operator-key.pem",
+        "stillebot-agent up gideon >/dev/null; stillebot-agent deinit --yes --admin operator --admin-cert /srv/operator.pem \
+         --admin-key /srv/operator-key.pem",
     )?;
     for host in [&sikorsky, &gideon] {
         let left = host.sql(

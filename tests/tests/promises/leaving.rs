@@ -14,20 +14,18 @@ async fn initiated(nodes: usize) -> Result<Cluster> {
     // Core looks for slots of a copy that is under way, and finds that there is none.
     cluster.expect_log(" 55006 ");
     cluster.node("sikorsky").execute(DATABASE, "insert into stillebot.config values (1, 'kept', '{}')").await?;
-    agent(&cluster, &words(&cluster, "init", &["--yes"])).await?.expect_code(0)?;
+    admin(&cluster, "init", &["--yes"]).await?.expect_code(0)?;
     Ok(cluster)
 }
 
-/// A command of the superuser, which takes the same options as `init`.
-fn words<'a>(cluster: &Cluster, command: &'a str, more: &[&'a str]) -> Vec<&'static str> {
-    let options = cluster.init_arguments().into_iter().skip(1);
-    let all = std::iter::once(command.to_owned()).chain(options).chain(more.iter().map(|&word| word.to_owned()));
-    // A test's few words may live as long as the test.
-    all.map(|word| &*word.leak()).collect()
+/// `init` or `deinit`, by the superuser.
+async fn admin(cluster: &Cluster, command: &str, options: &[&str]) -> Result<Run> {
+    let words = cluster.as_admin(command, options);
+    agent(cluster, &words.iter().map(String::as_str).collect::<Vec<_>>()).await
 }
 
-async fn deinit(cluster: &Cluster, more: &[&str]) -> Result<Run> {
-    agent(cluster, &words(cluster, "deinit", more)).await
+async fn deinit(cluster: &Cluster, options: &[&str]) -> Result<Run> {
+    admin(cluster, "deinit", options).await
 }
 
 /// What is left of replication on a node: subscriptions, slots, publications, the extension, settings of the database.
@@ -65,8 +63,7 @@ async fn deinit_takes_away_what_init_made_and_leaves_the_rows() -> Result<()> {
         let again = deinit(&cluster, &["--yes"]).await?.expect_code(0)?;
         ensure!(again.json["outcome"] == "nothing_to_do", "{again:#?}");
         // And back again: the rows are the same everywhere.
-        let args = words(&cluster, "init", &["--yes", "--assume-identical"]);
-        agent(&cluster, &args).await?.expect_code(0)?;
+        admin(&cluster, "init", &["--yes", "--assume-identical"]).await?.expect_code(0)?;
         cluster.finish().await?;
     }
     Ok(())

@@ -20,19 +20,13 @@ fn bare() -> ClusterBuilder {
     Cluster::builder().bare().config("max_slot_wal_keep_size", "4GB")
 }
 
-/// Arguments of `init`, with these as well.
-fn arguments(cluster: &Cluster, more: &[&str]) -> Vec<String> {
-    let more = more.iter().map(|&word| word.to_owned());
-    cluster.init_arguments().into_iter().chain(more).collect()
-}
-
 async fn init(cluster: &Cluster, more: &[&str]) -> Result<Run> {
-    let arguments = arguments(cluster, more);
+    let arguments = cluster.as_admin("init", more);
     agent(cluster, &arguments.iter().map(String::as_str).collect::<Vec<_>>()).await
 }
 
 fn start_init(cluster: &Cluster, more: &[&str]) -> Result<Started> {
-    let arguments = arguments(cluster, more);
+    let arguments = cluster.as_admin("init", more);
     Started::new(cluster, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
