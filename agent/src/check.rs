@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::condition::Size;
 use crate::config::{Config, Family, Node, TlsMode};
-use crate::conninfo::Conninfo;
+use crate::conninfo::{Conninfo, SECRETS};
 use crate::hba::{self, Caller, Guard, Rule};
 use crate::inspect;
 use crate::node::{ADDRESS_BOUND, Answer};
@@ -1300,7 +1300,7 @@ impl<'a> This<'a> {
         let differing: Vec<&str> = differing.iter().map(String::as_str).collect();
         let finding = finding(verdict).found(differing.join(" ")).needed(wanted.to_string()).sql(statement);
         // The password is not known here, so the statement would lose it.
-        let keeps_password = ["password", "sslpassword"].iter().any(|keyword| parsed.get(keyword).is_some());
+        let keeps_password = SECRETS.iter().any(|keyword| parsed.get(keyword).is_some());
         out.push(if keeps_password { finding.person() } else { finding });
     }
 

@@ -57,6 +57,12 @@ pub enum Command {
     /// Takes away what init made, on all nodes; rows stay where they are.
     #[command(after_help = ADMIN_HELP)]
     Deinit(Deinit),
+    /// Changes how a node is reached by the others' subscriptions, or the files that its own connect with.
+    ///
+    /// Tests first that it is that node which answers there, and waits until each subscription is connected again; otherwise the
+    /// old is put back. Without an option: as agent.toml has it, in both directions. Works while down, too.
+    #[command(after_help = ADMIN_HELP)]
+    SetConnection(SetConnection),
     /// Takes a node down: it refuses writes from then on, through restarts, until somebody says up.
     Down {
         /// The node.
@@ -208,6 +214,7 @@ impl Command {
             Self::Check { .. } => "check",
             Self::Init(_) => "init",
             Self::Deinit(_) => "deinit",
+            Self::SetConnection(_) => "set-connection",
             Self::Down { .. } => "down",
             Self::Up { .. } => "up",
             Self::Hop(_) => "hop",
@@ -320,6 +327,37 @@ pub struct Deinit {
     pub yes: bool,
     /// Say what would be done, and do nothing.
     #[arg(long, conflicts_with = "yes")]
+    pub dry_run: bool,
+}
+
+/// Options of `set-connection`.
+#[derive(Debug, Args)]
+pub struct SetConnection {
+    /// The node.
+    pub node: String,
+    /// Where its peers reach it.
+    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub host: Option<String>,
+    /// The port there.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: Option<u16>,
+    /// What the node's own subscriptions present: a file on its host.
+    #[arg(long, value_name = "FILE")]
+    pub cert: Option<PathBuf>,
+    /// The key of that.
+    #[arg(long, value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// The certificates that those of its peers must be signed by.
+    #[arg(long, value_name = "FILE")]
+    pub root: Option<PathBuf>,
+    /// Who connects, and how.
+    #[command(flatten)]
+    pub admin: Admin,
+    /// How long a subscription may take to be connected again before the old is put back.
+    #[arg(long, value_name = "TIME", default_value = "15s", value_parser = patience)]
+    pub patience: Duration,
+    /// Say what would be done, and do nothing.
+    #[arg(long)]
     pub dry_run: bool,
 }
 
@@ -463,6 +501,8 @@ mod tests {
         assert!(parse("x init --from a --assume-identical").is_err());
         assert!(parse("x init --admin-cert c").is_err());
         assert!(parse("x deinit --roles --force").is_ok());
+        assert!(parse("x set-connection a --host h --port 1").is_ok());
+        assert!(parse("x set-connection --host h").is_err());
     }
 
     #[test]

@@ -12,6 +12,9 @@ use crate::config::{Config, Node, TlsMode};
 /// connects without looking at `connect_timeout`; so it is, too, how long what was sent may stay unacknowledged later on.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// The keywords whose values are nobody's business.
+pub const SECRETS: [&str; 2] = ["password", "sslpassword"];
+
 /// A connection string, keyword by keyword, in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Conninfo(Vec<(String, String)>);
@@ -78,6 +81,27 @@ impl Conninfo {
             Some((_, known)) => value.clone_into(known),
             None => self.0.push((keyword.to_owned(), value.to_owned())),
         }
+    }
+
+    /// Every keyword of another one is set as there; the rest stays.
+    pub fn adopt(&mut self, other: &Self) {
+        for (keyword, value) in &other.0 {
+            self.set(keyword, value);
+        }
+    }
+
+    /// Takes a keyword out.
+    pub fn unset(&mut self, keyword: &str) {
+        self.0.retain(|(known, _)| known != keyword);
+    }
+
+    /// The same to be shown: what nobody else should know is `***`.
+    pub fn without_secrets(&self) -> Self {
+        let mut shown = self.clone();
+        for (_, value) in shown.0.iter_mut().filter(|(keyword, _)| SECRETS.contains(&keyword.as_str())) {
+            "***".clone_into(value);
+        }
+        shown
     }
 }
 

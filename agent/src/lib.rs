@@ -17,6 +17,7 @@
 //! inspect.rs how all certificates in use stand
 //! renewal.rs how the last deployment of a certificate ended
 //! conninfo.rs libpq's connection strings
+//! connection.rs which subscriptions connect with something else, and whether the right node answers, without IO
 //! crew.rs    the sessions of one command, each holding its node's lock
 //! survey.rs  what one node tells about itself for set-up
 //! check.rs   what of it is right, what is not, and what mends it, without IO
@@ -47,6 +48,7 @@ pub mod cmd;
 pub mod condition;
 pub mod config;
 pub mod conflict;
+pub mod connection;
 pub mod conninfo;
 pub mod crew;
 pub mod deploy;

@@ -22,12 +22,14 @@ queries! {
     CONFLICTS_OPEN = "conflicts_open.sql";
     CONFLICTS_RELATED = "conflicts_related.sql";
     CONFLICT_CHANGES = "conflict_changes.sql";
+    CONNECTIONS = "connections.sql";
     DEINIT_OWNED = "deinit_owned.sql";
     DEINIT_SLOT = "deinit_slot.sql";
     DOWN = "down.sql";
     DRAIN = "drain.sql";
     END_SESSION = "end_session.sql";
     EVEN = "even.sql";
+    FILE_MISSING = "file_missing.sql";
     FLUSHED = "flushed.sql";
     GRANTS = "grants.sql";
     IDENTITY = "identity.sql";

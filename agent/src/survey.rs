@@ -311,10 +311,7 @@ pub async fn take(session: &Session, config: &Config, node: &Node, bound: Durati
     let others = || config.peers(&node.name);
     let slots: Vec<String> = others().map(|other| config.slot(&node.name, &other.name)).collect();
     let subscriptions: Vec<String> = others().map(|other| config.subscription_to(&other.name)).collect();
-    let about: Vec<About> = read(session, sql::SURVEY_NODE, &[&slots, &subscriptions], bound).await?;
-    let missing = || session.error(Trouble::Refused, "the server says nothing of itself".into());
-    let about = about.into_iter().next().ok_or_else(missing)?;
-
+    let about = about(session, &slots, &subscriptions, bound).await?;
     if about.version_num < LEAST_VERSION {
         return Ok(Survey { about, ..Survey::default() });
     }
@@ -339,15 +336,37 @@ pub async fn take(session: &Session, config: &Config, node: &Node, bound: Durati
         subscriptions: read(session, sql::SURVEY_SUBSCRIPTIONS, &[], bound).await?,
         connections,
         slots: read(session, sql::SURVEY_SLOTS, &[], bound).await?,
-        identity: match about.knows_itself {
-            false => None,
-            true => read::<Option<Identity>>(session, sql::SURVEY_IDENTITY, &[], bound).await?.pop().flatten(),
-        },
+        identity: identity(session, &about, bound).await?,
         clock: Some(Clock::measure(session, bound).await?),
         free: data_directory.and_then(|data| sight::free_space(node, Path::new(data))),
         about,
         settings,
     })
+}
+
+/// Who is at the other end: server and database, and what that has been told that it is.
+pub async fn who(session: &Session, bound: Duration) -> Result<(About, Option<Identity>), NodeError> {
+    let about = about(session, &[], &[], bound).await?;
+    let identity = identity(session, &about, bound).await?;
+    Ok((about, identity))
+}
+
+async fn about(
+    session: &Session,
+    slots: &[String],
+    subscriptions: &[String],
+    bound: Duration,
+) -> Result<About, NodeError> {
+    let about: Vec<About> = read(session, sql::SURVEY_NODE, &[&slots, &subscriptions], bound).await?;
+    let missing = || session.error(Trouble::Refused, "the server says nothing of itself".into());
+    about.into_iter().next().ok_or_else(missing)
+}
+
+async fn identity(session: &Session, about: &About, bound: Duration) -> Result<Option<Identity>, NodeError> {
+    match about.knows_itself {
+        false => Ok(None),
+        true => Ok(read::<Option<Identity>>(session, sql::SURVEY_IDENTITY, &[], bound).await?.pop().flatten()),
+    }
 }
 
 async fn missing_grants(session: &Session, config: &Config, bound: Duration) -> Result<Vec<(Grant, bool)>, NodeError> {

@@ -1,4 +1,4 @@
-//! What `init` and `deinit` share: sessions as superuser, on other ways if need be; how a plan is shown, the operator's consent, and
+//! What `init`, `deinit` and `set-connection` share: sessions as superuser, on other ways if need be; how a plan is shown, the operator's consent, and
 //! what is said of a run that did not come to its end.
 //!
 //! Deliberately changes nothing.
@@ -202,6 +202,8 @@ pub async fn wait<T>(
 pub struct Slot {
     /// Who sends to its reader; none: nobody reads it.
     pub pid: Option<i32>,
+    /// Since when, in microseconds by the server's clock.
+    pub since: Option<i64>,
     /// The reader has everything up to the position that was asked about.
     pub heard: bool,
 }
@@ -209,7 +211,7 @@ pub struct Slot {
 /// A slot of this database, if there is one of that name.
 pub async fn slot(publisher: &Session, name: &str, position: Option<PgLsn>) -> Result<Option<Slot>, NodeError> {
     let rows = publisher.rows(sql::SETUP_SLOT, &[&name, &position], LOOK_BOUND).await?;
-    Ok(rows.first().map(|row| Slot { pid: row.get("pid"), heard: row.get("heard") }))
+    Ok(rows.first().map(|row| Slot { pid: row.get("pid"), since: row.get("started_us"), heard: row.get("heard") }))
 }
 
 /// What a node has noted about a subscription that does not replicate. Nothing, if it has not even the extension.

@@ -1,7 +1,7 @@
 //! The commands, one a file, and what they share: the context they run in and how their result is printed.
 //!
-//! Deliberately the only place that prints, but for the progress of `hop` and `init`, the pages of `status --watch` and the events
-//! of `watch`.
+//! Deliberately the only place that prints, but for the progress of `hop`, `init` and `set-connection`, the pages of `status --watch`
+//! and the events of `watch`.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -28,6 +28,7 @@ pub mod hop;
 pub mod init;
 mod progress;
 pub mod refresh;
+pub mod set_connection;
 pub mod status;
 pub mod up;
 pub mod watch;
@@ -138,6 +139,7 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Status { watch } => status::run(&context, *watch).await,
         Command::Init(options) => init::run(&context, options).await,
         Command::Deinit(options) => deinit::run(&context, options).await,
+        Command::SetConnection(options) => set_connection::run(&context, options).await,
         Command::Check { verbose } => check::run(&context, *verbose).await,
         Command::Down { node, reason, timeout, terminate, dry_run } => {
             let wish = down::Wish { node, reason: reason.as_deref(), timeout: *timeout, terminate: *terminate };

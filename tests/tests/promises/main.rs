@@ -8,6 +8,7 @@ mod certbot;
 mod certs;
 mod check;
 mod conflicts;
+mod connection;
 mod contract;
 mod down;
 mod harness;
