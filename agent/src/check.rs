@@ -1734,6 +1734,8 @@ mod tests {
                 name: "multihome".into(),
                 here: true,
                 active: true,
+                unmade: false,
+                unread: false,
                 wal_status: Some("reserved".into()),
                 kept: Some(1000),
                 reader: Some("192.0.2.9".into()),

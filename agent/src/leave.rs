@@ -1,8 +1,8 @@
 //! From what the nodes are to databases that do not replicate: the steps of `deinit`, in order. Pure.
 //!
-//! First every subscription on every node, then what others' subscriptions left behind, then the rest: whatever is cut off, no
-//! node goes on receiving from one that does not receive any more. Deliberately drops no slot through a subscription's own connection,
-//! which may lead nowhere: slots are dropped where they are.
+//! First every subscription on every node is disabled: whatever is cut off, no node goes on receiving from one that does not receive any
+//! more. Then the slots go, while the subscriptions still say which; then the rest. Deliberately drops no slot through a
+//! subscription's own connection, which may lead nowhere: slots are dropped where they are.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,16 +10,16 @@ use serde::Serialize;
 
 use crate::config::Config;
 use crate::quote::name;
-use crate::setup::is_ours;
-use crate::survey::Survey;
+use crate::setup::{Action, Standing, Step, is_ours, run, step};
+use crate::survey::{Subscription, Survey};
 
 /// One node before `deinit`.
 #[derive(Debug, Clone, Default)]
 pub struct Seen {
     /// What it tells.
     pub survey: Survey,
-    /// It takes writes. Without the extension every database does.
-    pub up: bool,
+    /// Whether it takes writes. Without the extension every database does.
+    pub standing: Standing,
     /// It is recorded as the only one that does.
     pub sole: bool,
     /// How many things each role owns that `init` made; those that are there.
@@ -35,32 +35,6 @@ pub struct Wish {
     pub roles: bool,
 }
 
-/// What is done on a node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(tag = "action", rename_all = "snake_case")]
-pub enum Action {
-    /// One statement.
-    Run {
-        /// Without a semicolon.
-        statement: String,
-    },
-    /// A slot is dropped as soon as nobody reads it.
-    DropSlot {
-        /// Its name.
-        slot: String,
-    },
-}
-
-/// One step.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Step {
-    /// Where.
-    pub node: String,
-    /// What.
-    #[serde(flatten)]
-    pub action: Action,
-}
-
 /// All steps, and what stays although it was to go.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Plan {
@@ -70,25 +44,9 @@ pub struct Plan {
     pub stays: Vec<String>,
 }
 
-impl Plan {
-    fn run(&mut self, node: &str, statement: String) {
-        self.steps.push(Step { node: node.to_owned(), action: Action::Run { statement } });
-    }
-}
-
-impl Action {
-    /// As people read it.
-    pub fn text(&self) -> String {
-        match self {
-            Self::Run { statement } => format!("{statement};"),
-            Self::DropSlot { slot } => format!("select pg_drop_replication_slot('{slot}');"),
-        }
-    }
-}
-
-/// The nodes that are down: nothing can be taken away from them.
+/// The nodes that somebody has taken down: nothing can be taken away from them. One that `init` has closed is opened on the way.
 pub fn down(nodes: &BTreeMap<String, Seen>) -> Vec<&str> {
-    nodes.iter().filter(|(_, seen)| !seen.up).map(|(node, _)| node.as_str()).collect()
+    nodes.iter().filter(|(_, seen)| seen.standing == Standing::Down).map(|(node, _)| node.as_str()).collect()
 }
 
 /// The steps, for the nodes that could be asked.
@@ -97,20 +55,19 @@ pub fn plan(config: &Config, nodes: &BTreeMap<String, Seen>, wish: Wish) -> Plan
     // In the order of the configuration, as everything is.
     let names = || config.nodes.iter().map(|node| node.name.as_str());
     let there = || names().filter_map(|node| nodes.get(node).map(|seen| (node, seen)));
+    let ours = |seen: &'_ Seen| -> Vec<Subscription> {
+        seen.survey.subscriptions.iter().filter(|found| is_ours(config, found)).cloned().collect()
+    };
     // Slots are in use by these names on the peers; or were made by these names, whatever became of their readers.
     let mut slots: BTreeSet<(String, String)> = BTreeSet::new();
     for (node, seen) in there() {
-        for found in seen.survey.subscriptions.iter().filter(|found| is_ours(config, found)) {
-            let subscription = name(&found.name);
+        for found in ours(seen) {
             if found.enabled {
-                plan.run(node, format!("alter subscription {subscription} disable"));
+                let why = "nobody is to go on receiving from a node that does not receive any more";
+                plan.steps.push(run(node, format!("alter subscription {} disable", name(&found.name)), why));
             }
-            if let Some(slot) = &found.slot {
-                plan.run(node, format!("alter subscription {subscription} set (slot_name = none)"));
-                let publisher = config.source_of(node, &found.name).map(|publisher| publisher.name.clone());
-                slots.extend(publisher.map(|publisher| (publisher, slot.clone())));
-            }
-            plan.run(node, format!("drop subscription {subscription}"));
+            let publisher = config.source_of(node, &found.name).map(|publisher| publisher.name.clone());
+            slots.extend(publisher.zip(found.slot));
         }
         let peers = config.peers(node).map(|peer| config.slot(node, &peer.name));
         slots.extend(peers.map(|slot| (node.to_owned(), slot)));
@@ -118,7 +75,8 @@ pub fn plan(config: &Config, nodes: &BTreeMap<String, Seen>, wish: Wish) -> Plan
     for (publisher, slot) in slots {
         match nodes.get(&publisher) {
             Some(seen) if seen.survey.slots.iter().any(|found| found.here && found.name == slot) => {
-                plan.steps.push(Step { node: publisher, action: Action::DropSlot { slot } });
+                let why = "unread, it would keep WAL until the disk is full";
+                plan.steps.push(step(&publisher, Action::DropSlot { slot }, why));
             }
             Some(_) => {}
             None => plan.stays.push(format!(
@@ -127,27 +85,44 @@ pub fn plan(config: &Config, nodes: &BTreeMap<String, Seen>, wish: Wish) -> Plan
         }
     }
     for (node, seen) in there() {
-        if seen.survey.publications.iter().any(|found| found.name == config.publication) {
-            plan.run(node, format!("drop publication {}", name(&config.publication)));
+        for found in ours(seen) {
+            let subscription = name(&found.name);
+            if found.slot.is_some() {
+                let why = "its slot is gone, or cannot be reached";
+                plan.steps.push(run(node, format!("alter subscription {subscription} set (slot_name = none)"), why));
+            }
+            plan.steps.push(run(node, format!("drop subscription {subscription}"), "it receives nothing any more"));
         }
-        if seen.survey.about.extension.is_some() {
-            if seen.sole {
-                // Alone it trusts its memory again.
-                plan.run(node, "select multihome.up(false)".into());
-            }
-            if !wish.keep_extension {
-                plan.run(node, "drop extension stillebot".into());
-            } else if seen.survey.identity.is_some() {
-                plan.run(node, "select multihome.forget_identity()".into());
-            }
+    }
+    for (node, seen) in there() {
+        if seen.standing == Standing::Parked {
+            plan.steps.push(step(node, Action::Open, "init had taken it down, and has nothing left to wait for"));
+        } else if seen.sole && seen.survey.about.extension.is_some() {
+            plan.steps.push(step(node, Action::Open, "alone it trusts its memory again"));
+        }
+        if seen.survey.publications.iter().any(|found| found.name == config.publication) {
+            plan.steps.push(run(
+                node,
+                format!("drop publication {}", name(&config.publication)),
+                "nobody subscribes to it",
+            ));
+        }
+        if seen.survey.about.extension.is_some() && !wish.keep_extension {
+            let why = "the state, the log and the identity of the node go with it";
+            plan.steps.push(run(node, "drop extension stillebot", why));
+        } else if seen.survey.identity.is_some() {
+            plan.steps.push(run(node, "select multihome.forget_identity()", "it belongs to no set of nodes any more"));
         }
         for (role, owned) in seen.owned.iter().filter(|_| wish.roles) {
             if *owned > 0 {
                 plan.stays.push(format!("role {role} on {node}, which owns {owned} things"));
             } else {
-                // Of a role that owns nothing these are its privileges.
-                plan.run(node, format!("drop owned by {}", name(role)));
-                plan.run(node, format!("drop role {}", name(role)));
+                plan.steps.push(run(
+                    node,
+                    format!("drop owned by {}", name(role)),
+                    "of a role that owns nothing, its privileges",
+                ));
+                plan.steps.push(run(node, format!("drop role {}", name(role)), "nobody connects as it any more"));
             }
         }
     }
@@ -188,7 +163,7 @@ mod tests {
             ..Survey::default()
         };
         let owned = BTreeMap::from([("agent".to_owned(), 0), ("replicator".to_owned(), 3)]);
-        Seen { survey, up: true, sole: false, owned }
+        Seen { survey, standing: Standing::Up, sole: false, owned }
     }
 
     fn lines(plan: &Plan) -> Vec<String> {
@@ -196,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn subscriptions_go_before_slots_and_slots_before_the_rest() {
+    fn subscriptions_rest_before_slots_go_and_slots_go_before_what_names_them() {
         let config = config(2);
         let nodes = ["a", "b"].map(|node| (node.to_owned(), seen(&config, node))).into();
         let plan = plan(&config, &nodes, Wish::default());
@@ -204,13 +179,13 @@ mod tests {
             lines(&plan),
             [
                 "a: alter subscription multihome disable;",
-                "a: alter subscription multihome set (slot_name = none);",
-                "a: drop subscription multihome;",
                 "b: alter subscription multihome disable;",
-                "b: alter subscription multihome set (slot_name = none);",
-                "b: drop subscription multihome;",
                 "a: select pg_drop_replication_slot('multihome');",
                 "b: select pg_drop_replication_slot('multihome');",
+                "a: alter subscription multihome set (slot_name = none);",
+                "a: drop subscription multihome;",
+                "b: alter subscription multihome set (slot_name = none);",
+                "b: drop subscription multihome;",
                 "a: drop publication multihome;",
                 "a: drop extension stillebot;",
                 "b: drop publication multihome;",
@@ -238,7 +213,7 @@ mod tests {
     #[test]
     fn there_is_nothing_to_do_where_nothing_is_and_a_lonely_slot_goes() {
         let config = config(2);
-        let empty = Seen { up: true, ..Seen::default() };
+        let empty = Seen::default();
         let mut nodes: BTreeMap<String, Seen> = ["a", "b"].map(|node| (node.to_owned(), empty.clone())).into();
         assert_eq!(plan(&config, &nodes, Wish::default()), Plan::default());
         let slot = Slot { name: "multihome".into(), here: true, ..Slot::default() };
@@ -247,7 +222,20 @@ mod tests {
             lines(&plan(&config, &nodes, Wish::default())),
             ["a: select pg_drop_replication_slot('multihome');"]
         );
-        nodes.get_mut("b").unwrap().up = false;
+        nodes.get_mut("b").unwrap().standing = Standing::Down;
         assert_eq!(down(&nodes), ["b"]);
+    }
+
+    #[test]
+    fn what_init_has_closed_is_opened() {
+        let config = config(2);
+        let nodes = ["a", "b"].map(|node| (node.to_owned(), seen(&config, node)));
+        let mut nodes: BTreeMap<String, Seen> = nodes.into();
+        nodes.get_mut("b").unwrap().standing = Standing::Parked;
+        assert!(down(&nodes).is_empty());
+        let lines = lines(&plan(&config, &nodes, Wish::default()));
+        let at = |line: &str| lines.iter().position(|found| found == line).unwrap();
+        assert!(at("b: drop subscription multihome;") < at("b: select stillebot_up();"), "{lines:#?}");
+        assert!(at("b: select stillebot_up();") < at("b: drop publication multihome;"), "{lines:#?}");
     }
 }

@@ -11,9 +11,10 @@ use serde::Serialize;
 use crate::check::{Finding, Mends, Remedy, Verdict};
 use crate::config::{Config, Node};
 use crate::conninfo::Conninfo;
+use crate::facts::State;
 use crate::grants;
 use crate::quote::{literal, name};
-use crate::survey::{Subscription, Survey, Table};
+use crate::survey::{Slot, Subscription, Survey, Table};
 
 /// The reason that a node is given which `init` takes down: by it a later run knows that it may open the node again.
 pub const REASON: &str = "set-up by stillebot-agent init";
@@ -57,6 +58,19 @@ pub enum Standing {
     Parked,
 }
 
+impl Standing {
+    /// By its recorded state, which tells whether an earlier run was it.
+    pub fn of(state: &State) -> Self {
+        if state.is_up() {
+            Self::Up
+        } else if state.reason.as_deref() == Some(REASON) && !state.rejoin {
+            Self::Parked
+        } else {
+            Self::Down
+        }
+    }
+}
+
 /// The rows of a table.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Content {
@@ -95,6 +109,21 @@ pub enum Action {
     },
     /// All nodes are compared.
     Compare,
+    /// Whoever is making a slot for an earlier run is stopped, and the slot goes with him.
+    StopMaking {
+        /// Its name.
+        slot: String,
+    },
+    /// A slot is dropped as soon as nobody reads it.
+    DropSlot {
+        /// Its name.
+        slot: String,
+    },
+    /// A slot is made before the subscription that reads it.
+    MakeSlot {
+        /// Its name.
+        slot: String,
+    },
     /// A subscription is made, disabled, and it is looked for its slot on the very publisher that is meant.
     Subscribe {
         /// To whom.
@@ -129,6 +158,13 @@ pub struct Step {
     pub action: Action,
     /// Why.
     pub why: String,
+}
+
+impl Step {
+    /// As people read it: the node, what, and below it why.
+    pub fn lines(&self) -> (&str, String) {
+        (&self.node, format!("{}\n      {}", self.action.text(), self.why))
+    }
 }
 
 /// All steps.
@@ -174,6 +210,11 @@ impl Action {
             Self::Close => format!("select stillebot_down({});", literal(REASON)),
             Self::Gather { peers } => format!("wait for what {} has written", peers.join(" and ")),
             Self::Compare => "compare the rows of all tables on all nodes".into(),
+            Self::StopMaking { slot } => format!("end whoever is still making the slot {slot}"),
+            Self::DropSlot { slot } => format!("select pg_drop_replication_slot({});", literal(slot)),
+            Self::MakeSlot { slot } => {
+                format!("select pg_create_logical_replication_slot({}, 'pgoutput');", literal(slot))
+            }
             Self::Copy => "wait for the initial copies".into(),
             Self::Open => "select stillebot_up();".into(),
             Self::Prove => "write a row here and have every other node answer it".into(),
@@ -263,11 +304,7 @@ pub fn plan(
             steps.push(planner.enable(subscriber, publisher, "all slots are there, so nothing can be missed"));
         }
     }
-    let unfinished = |node: &&str| {
-        data.copies.contains(*node)
-            || nodes[*node].survey.subscriptions.iter().any(|found| planner.is_ours(found) && found.copying > 0)
-    };
-    for node in planner.names().filter(unfinished) {
+    for node in planner.names().filter(|node| data.copies.contains(*node) || planner.is_copying(node)) {
         steps.push(step(node, Action::Copy, "until then it has not everything"));
     }
     let opened =
@@ -286,11 +323,13 @@ pub fn plan(
 
 const CLOSE_WHY: &str = "nobody may write there until it has everything and is heard by the others";
 
-fn step(node: &str, action: Action, why: &str) -> Step {
+/// A step.
+pub fn step(node: &str, action: Action, why: &str) -> Step {
     Step { node: node.to_owned(), action, why: why.to_owned() }
 }
 
-fn run(node: &str, statement: impl Into<String>, why: &str) -> Step {
+/// A step that is one statement.
+pub fn run(node: &str, statement: impl Into<String>, why: &str) -> Step {
     step(node, Action::Run { statement: statement.into() }, why)
 }
 
@@ -405,12 +444,14 @@ impl<'a> Planner<'a> {
 
     fn data(&self, names: &Names<'_>) -> Result<Data, Refusal> {
         let groups = self.groups(names);
-        // Of what was written where the subscription away from it is missing nothing is known, unless set-up has closed it.
+        // Of what was written where the subscription away from it is missing nothing is known, unless set-up has closed it, or
+        // has made the slot before.
         let unheard = self.directions().find(|(subscriber, publisher)| {
             let (subscriber, publisher) = (subscriber.name.as_str(), publisher.name.as_str());
             !names.contains_key(&(subscriber, publisher))
                 && groups.iter().any(|group| group.contains(subscriber) && group.contains(publisher))
                 && self.seen(publisher).standing != Standing::Parked
+                && self.kept(subscriber, publisher).is_none()
         });
         if let Some((subscriber, publisher)) = unheard
             && !self.wish.assume_identical
@@ -428,13 +469,20 @@ impl<'a> Planner<'a> {
             groups.iter().filter(|group| group.iter().any(|node| !self.seen(node).filled.is_empty())).collect();
         let up = |node: &&str| self.seen(node).standing == Standing::Up;
         if self.wish.assume_identical && (groups.len() > 1 || unheard.is_some()) {
-            self.refuse_from("nothing is copied with --assume-identical")?;
             self.differences(&groups, true)?;
             let closed = self.names().filter(up).map(str::to_owned).collect();
             return Ok(Data { closed, compare: true, ..Data::default() });
         }
+        // Nobody gets all rows from a node that is itself given them.
+        if let Some(from) = &self.wish.from
+            && self.is_copying(from)
+        {
+            return Err(Refusal::new(
+                format!("{from} is itself being given a copy, by an earlier set-up"),
+                "leave --from away, and that one is finished",
+            ));
+        }
         if groups.len() == 1 {
-            self.refuse_from("nothing is left to be copied")?;
             return Ok(Data::default());
         }
         if filled.len() > 1 {
@@ -465,7 +513,7 @@ impl<'a> Planner<'a> {
             // Whoever is being written goes on being written.
             // Who was taken down by an earlier set-up may itself have no more than a part of a copy.
             None => {
-                let whole = |node: &&str| self.seen(node).standing != Standing::Parked;
+                let whole = |node: &&str| self.seen(node).standing != Standing::Parked && !self.is_copying(node);
                 members().find(up).or_else(|| members().find(whole)).or_else(|| members().next()).unwrap_or_default()
             }
         };
@@ -477,11 +525,18 @@ impl<'a> Planner<'a> {
         })
     }
 
-    fn refuse_from(&self, why: &str) -> Result<(), Refusal> {
-        match &self.wish.from {
-            Some(from) => Err(Refusal::new(format!("{why}, not from {from} either"), "leave --from away")),
-            None => Ok(()),
-        }
+    /// Whether its initial copy is under way.
+    fn is_copying(&self, node: &str) -> bool {
+        self.seen(node).survey.subscriptions.iter().any(|found| self.is_ours(found) && found.copying > 0)
+    }
+
+    /// The slot that an earlier run has made on a node that is down, before there was a subscription to it, and that has everything.
+    fn kept(&self, subscriber: &str, publisher: &str) -> Option<&'a Slot> {
+        let seen = self.seen(publisher);
+        let wanted = self.config.slot(publisher, subscriber);
+        seen.survey.slots.iter().find(|slot| {
+            slot.name == wanted && seen.standing == Standing::Down && slot.here && slot.unread && !slot.active
+        })
     }
 
     /// Refuses unless the rows are the same and that is what the operator expects.
@@ -630,30 +685,55 @@ impl<'a> Planner<'a> {
         };
         let mut directions: Vec<(&Node, &Node)> = self.directions().collect();
         directions.sort_by_key(|(subscriber, publisher)| !copies(subscriber, publisher));
-        for (subscriber, publisher) in directions {
-            if names.contains_key(&(subscriber.name.as_str(), publisher.name.as_str())) {
+        directions.retain(|(subscriber, publisher)| {
+            !names.contains_key(&(subscriber.name.as_str(), publisher.name.as_str()))
+        });
+        let groups = self.groups(names);
+        let mut made: BTreeSet<(&str, &str)> = BTreeSet::new();
+        for &(subscriber, publisher) in &directions {
+            let (reader, node) = (subscriber.name.as_str(), publisher.name.as_str());
+            let joined = groups.iter().any(|group| group.contains(reader) && group.contains(node));
+            if joined && self.kept(reader, node).is_some() {
+                made.insert((reader, node));
                 continue;
             }
-            let copy = copies(subscriber, publisher);
-            let slot = self.config.slot(&publisher.name, &subscriber.name);
-            if let Some(left) = self.seen(&publisher.name).survey.slots.iter().find(|found| found.name == slot) {
-                if left.active || !left.here {
+            let slot = self.config.slot(node, reader);
+            if let Some(left) = self.seen(node).survey.slots.iter().find(|found| found.name == slot) {
+                let why = "nobody reads it; an earlier set-up has left it";
+                if left.here && left.unmade {
+                    steps.push(step(
+                        node,
+                        Action::StopMaking { slot: slot.clone() },
+                        "it is for a run that was cut off",
+                    ));
+                } else if left.active || !left.here {
                     return Err(Refusal::new(
-                        format!("slot {slot} on {} is somebody else's, who may be reading it", publisher.name),
+                        format!("slot {slot} on {node} is somebody else's, who may be reading it"),
                         "find out whose it is; drop it with pg_drop_replication_slot(), or choose another `subscription` in the \
                          configuration",
                     ));
+                } else {
+                    steps.push(step(node, Action::DropSlot { slot: slot.clone() }, why));
                 }
-                let statement = format!("select pg_catalog.pg_drop_replication_slot({})", literal(&slot));
-                steps.push(run(&publisher.name, statement, "nobody reads it; an earlier set-up has left it"));
             }
+            if self.seen(node).standing == Standing::Down && !copies(subscriber, publisher) && !data.compare {
+                let why = "whatever becomes of this run, nothing that is ever written there is missed";
+                steps.push(step(node, Action::MakeSlot { slot }, why));
+                made.insert((reader, node));
+            }
+        }
+        for (subscriber, publisher) in directions {
+            let copy = copies(subscriber, publisher);
+            let slot = self.config.slot(&publisher.name, &subscriber.name);
+            let create_slot = !made.contains(&(subscriber.name.as_str(), publisher.name.as_str()));
             let conninfo = literal(&Conninfo::wanted(self.config, subscriber, publisher).to_string());
             let statement = format!(
-                "create subscription {} connection {conninfo} publication {} with (slot_name = {}, origin = none, streaming = on, \
+                "create subscription {} connection {conninfo} publication {} with (slot_name = {}, {}origin = none, streaming = on, \
                  copy_data = {copy}, enabled = false)",
                 name(&self.config.subscription_to(&publisher.name)),
                 name(&self.config.publication),
-                name(&slot)
+                name(&slot),
+                if create_slot { "" } else { "create_slot = false, " }
             );
             let why = if copy {
                 format!("{} gets the rows of {}, and then what changes", subscriber.name, publisher.name)
@@ -788,7 +868,22 @@ mod tests {
                     let all = &mut nodes.get_mut(&step.node).unwrap().survey.subscriptions;
                     all.iter_mut().find(|found| found.name == words[2]).unwrap().name = words[5].to_owned();
                 }
-                Action::Subscribe { publisher, copy, .. } => {
+                Action::MakeSlot { slot } => {
+                    let slots = &mut nodes.get_mut(&step.node).unwrap().survey.slots;
+                    assert!(slots.iter().all(|found| found.name != *slot), "{slot} is there already");
+                    slots.push(Slot { name: slot.clone(), here: true, unread: true, ..Slot::default() });
+                }
+                Action::DropSlot { slot } | Action::StopMaking { slot } => {
+                    nodes.get_mut(&step.node).unwrap().survey.slots.retain(|found| found.name != *slot);
+                }
+                Action::Subscribe { publisher, copy, statement } => {
+                    let slot = config.slot(publisher, &step.node);
+                    let slots = &mut nodes.get_mut(publisher).unwrap().survey.slots;
+                    let there = slots.iter().any(|found| found.name == slot);
+                    assert_eq!(there, statement.contains("create_slot = false"), "{slot}: {statement}");
+                    if !there {
+                        slots.push(Slot { name: slot, here: true, unread: true, ..Slot::default() });
+                    }
                     let from = nodes[publisher].filled.clone();
                     let seen = nodes.get_mut(&step.node).unwrap();
                     seen.survey.subscriptions.push(Subscription {
@@ -904,6 +999,61 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_somebody_took_down_has_its_slots_before_anything_is_subscribed() {
+        let config = config(2);
+        let mut nodes = empty(&config);
+        fill(nodes.get_mut("a").unwrap(), 7);
+        nodes.get_mut("b").unwrap().standing = Standing::Down;
+        let plan = plan_of(&config, &nodes, &wish()).unwrap();
+        let lines = short(&plan);
+        let made = plan.steps.iter().position(|step| matches!(step.action, Action::MakeSlot { .. })).unwrap();
+        let at = |line: &str| lines.iter().position(|found| found == line).unwrap();
+        assert!(plan.steps[made].node == "b" && made < at("b: copies a") && at("b: copies a") < at("a: follows b"));
+        assert!(!lines.contains(&"b: open".to_owned()), "{lines:#?}");
+        // Cut off between the two, the slot tells that nothing was missed; one that somebody has read does not.
+        take(&config, &mut nodes, &plan.steps[..=at("b: copies a")]);
+        let next = plan_of(&config, &nodes, &wish()).unwrap();
+        assert!(
+            !next.steps.iter().any(|step| matches!(step.action, Action::MakeSlot { .. } | Action::DropSlot { .. }))
+        );
+        nodes.get_mut("b").unwrap().survey.slots[0].unread = false;
+        assert!(plan_of(&config, &nodes, &wish()).unwrap_err().message.ends_with("meanwhile is not known"));
+    }
+
+    #[test]
+    fn a_slot_that_a_killed_run_is_having_made_is_ended_first() {
+        let config = config(2);
+        let mut nodes = empty(&config);
+        let slot = Slot { name: "multihome".into(), here: true, active: true, unmade: true, ..Slot::default() };
+        nodes.get_mut("a").unwrap().survey.slots.push(slot);
+        let plan = plan_of(&config, &nodes, &wish()).unwrap();
+        assert!(plan.steps.contains(&step(
+            "a",
+            Action::StopMaking { slot: "multihome".into() },
+            "it is for a run that was cut off"
+        )));
+        nodes.get_mut("a").unwrap().survey.slots[0].unmade = false;
+        assert!(plan_of(&config, &nodes, &wish()).unwrap_err().message.contains("somebody else's"));
+    }
+
+    #[test]
+    fn said_again_from_is_no_error_but_for_a_node_that_is_given_a_copy() {
+        let config = config(2);
+        let mut nodes = empty(&config);
+        fill(nodes.get_mut("a").unwrap(), 7);
+        let from = |node: &str| Wish { from: Some(node.into()), ..wish() };
+        let steps = plan_of(&config, &nodes, &from("a")).unwrap().steps;
+        let copied = steps.iter().position(|step| step.action == Action::Copy).unwrap();
+        take(&config, &mut nodes, &steps[..copied]);
+        nodes.get_mut("b").unwrap().survey.subscriptions[0].copying = 1;
+        assert_eq!(short(&plan_of(&config, &nodes, &from("a")).unwrap()), ["b: copy", "b: open", "a: prove"]);
+        assert!(plan_of(&config, &nodes, &from("b")).unwrap_err().message.contains("being given a copy"));
+        nodes.get_mut("b").unwrap().survey.subscriptions[0].copying = 0;
+        nodes.get_mut("b").unwrap().standing = Standing::Up;
+        assert_eq!(plan_of(&config, &nodes, &from("a")).unwrap().steps, []);
+    }
+
+    #[test]
     fn nodes_of_different_sets_are_refused() {
         let config = config(2);
         let mut nodes = empty(&config);
@@ -966,23 +1116,13 @@ mod tests {
         #[test]
         fn what_was_cut_off_anywhere_is_finished_by_the_next_run((config, nodes, wish) in some_nodes(), cut in 0..100_usize) {
             let Ok(first) = plan_of(&config, &nodes, &wish) else { return Ok(()) };
+            let before: BTreeMap<String, Standing> =
+                nodes.iter().map(|(name, seen)| (name.clone(), seen.standing)).collect();
             let mut nodes = nodes;
             let cut = cut % (first.steps.len() + 1);
             take(&config, &mut nodes, &first.steps[..cut]);
-            let next = match plan_of(&config, &nodes, &wish) {
-                Err(refusal) if refusal.hint == "leave --from away" => {
-                    plan_of(&config, &nodes, &Wish { from: None, ..wish.clone() })
-                }
-                next => next,
-            };
-            let next = match next {
-                // Somebody else has closed it, and may have opened it in between.
-                Err(refusal) if refusal.message.ends_with("meanwhile is not known") => {
-                    prop_assert!(nodes.values().any(|seen| seen.standing == Standing::Down), "{refusal:#?}");
-                    return Ok(());
-                }
-                next => next.map_err(|refusal| TestCaseError::fail(format!("{:#?}: {refusal:#?}", short(&first))))?,
-            };
+            let next = plan_of(&config, &nodes, &wish)
+                .map_err(|refusal| TestCaseError::fail(format!("{:#?}, cut at {cut}: {refusal:#?}", short(&first))))?;
             // Nobody is waited for who has no way to be heard.
             for (index, step) in next.steps.iter().enumerate() {
                 let Action::Gather { peers } = &step.action else { continue };
@@ -996,6 +1136,11 @@ mod tests {
             }
             take(&config, &mut nodes, &next.steps);
             prop_assert_eq!(plan_of(&config, &nodes, &Wish { fresh_pair: "pair".into(), ..Wish::default() }).unwrap().steps, vec![]);
+            // Whoever was taken down by somebody stays so; all others are open, whatever an earlier run had closed.
+            for (name, seen) in &nodes {
+                let was = if before[name] == Standing::Down { Standing::Down } else { Standing::Up };
+                prop_assert_eq!(seen.standing, was, "{}", name);
+            }
         }
     }
 }

@@ -50,6 +50,7 @@ queries! {
     SESSIONS = "sessions.sql";
     SETTLE = "settle.sql";
     SETUP_COPYING = "setup_copying.sql";
+    SETUP_MAKE_SLOT = "setup_make_slot.sql";
     SETUP_PROBE = "setup_probe.sql";
     SETUP_SEEN = "setup_seen.sql";
     SETUP_SELF = "setup_self.sql";

@@ -279,8 +279,12 @@ pub struct Slot {
     pub name: String,
     /// It is a logical slot of this database.
     pub here: bool,
-    /// Somebody reads it.
+    /// Somebody reads it, or makes it.
     pub active: bool,
+    /// It is still being made.
+    pub unmade: bool,
+    /// It has everything since it was made, and nobody has got any of it, as far as statistics tell.
+    pub unread: bool,
     /// `reserved`, `extended`, `unreserved`, `lost`.
     pub wal_status: Option<String>,
     /// Bytes of WAL that it keeps.

@@ -21,6 +21,8 @@ use crate::sql;
 
 /// Between two looks at something that is waited for.
 const GLANCE: Duration = Duration::from_millis(50);
+/// How long a slot may be in use by a sender whose receiver is gone.
+const SLOT_BOUND: Duration = Duration::from_secs(15);
 
 /// How the nodes are reached as superuser.
 pub struct Admin {
@@ -71,9 +73,17 @@ impl Admin {
                 return Err(Failure::new(Kind::Configuration, message).hint("name one with --admin"));
             }
             // What a down database tells its sessions must not refuse the agent's own.
-            session.run("set default_transaction_read_only = off", LOOK_BOUND).await?;
+            // And what waits on a server for a run that was killed must not go on waiting, with the lock in its hands.
+            let own = "set default_transaction_read_only = off; set client_connection_check_interval = '500ms'";
+            session.run(own, LOOK_BOUND).await?;
         }
         Ok((crew, errors))
+    }
+
+    /// One more session as superuser on a node.
+    pub async fn another(&self, context: &Context, name: &str) -> Result<Session, Failure> {
+        let node = self.config.node(name).map_or_else(|| context.node(name), Ok)?;
+        Ok(self.connector.connect(node, LOOK_BOUND).await?)
     }
 
     /// The same, of all nodes.
@@ -212,6 +222,22 @@ pub struct Slot {
 pub async fn slot(publisher: &Session, name: &str, position: Option<PgLsn>) -> Result<Option<Slot>, NodeError> {
     let rows = publisher.rows(sql::SETUP_SLOT, &[&name, &position], LOOK_BOUND).await?;
     Ok(rows.first().map(|row| Slot { pid: row.get("pid"), since: row.get("started_us"), heard: row.get("heard") }))
+}
+
+/// Drops a slot as soon as nobody reads it; one that is not there is no error.
+pub async fn drop_slot(context: &Context, publisher: &Session, slot: &str) -> Result<(), Failure> {
+    let gone = wait(context, SLOT_BOUND, async || {
+        let row = publisher.row(sql::DEINIT_SLOT, &[&slot], LOOK_BOUND).await?;
+        Ok(row.get::<_, bool>("gone").then_some(()))
+    });
+    gone.await.map_err(|halt| match halt {
+        Halt::Late => {
+            let message = format!("{}: slot {slot} is still in use", publisher.node);
+            Failure::new(Kind::Undone, message).hint("see who reads it in pg_replication_slots")
+        }
+        Halt::Signal(signal) => stopped(signal),
+        Halt::Node(error) => error.into(),
+    })
 }
 
 /// What a node has noted about a subscription that does not replicate. Nothing, if it has not even the extension.

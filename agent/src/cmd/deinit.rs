@@ -8,20 +8,19 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::admin::{self, Admin, Halt, consent, wait};
-use super::{Context, Reply, unreachable};
+use super::admin::{self, Admin, consent};
+use super::{Context, Reply, UP_BOUND, unreachable};
 use crate::cli::Deinit;
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts;
 use crate::failure::{Failure, Kind};
-use crate::leave::{self, Action, Plan, Seen, Step, Wish};
+use crate::leave::{self, Plan, Seen, Wish};
+use crate::setup::{Action, Standing, Step};
 use crate::sql;
 use crate::survey;
 
 /// How long one statement may take: some wait for a worker to end.
 const STATEMENT_BOUND: Duration = Duration::from_secs(60);
-/// How long a slot may be in use by a sender whose receiver is gone.
-const SLOT_BOUND: Duration = Duration::from_secs(15);
 
 /// Runs it.
 pub async fn run(context: &Context, options: &Deinit) -> Result<Reply, Failure> {
@@ -74,10 +73,10 @@ async fn look(context: &Context, crew: &Crew<'_>) -> Result<BTreeMap<String, See
     for node in config.nodes.iter().filter(|node| crew.names().contains(&node.name)) {
         let session = crew.session(&node.name)?;
         let survey = survey::take(session, config, node, LOOK_BOUND).await?;
-        let (mut up, mut sole) = (true, false);
+        let (mut standing, mut sole) = (Standing::Up, false);
         if survey.about.extension.is_some() {
             let state = facts::state(session, LOOK_BOUND).await?;
-            (up, sole) = (state.is_up(), state.sole);
+            (standing, sole) = (Standing::of(&state), state.sole);
         }
         let mut owned = BTreeMap::new();
         for role in [&config.user, &config.replication.user] {
@@ -85,7 +84,7 @@ async fn look(context: &Context, crew: &Crew<'_>) -> Result<BTreeMap<String, See
                 owned.insert(role.clone(), row.get("owned"));
             }
         }
-        nodes.insert(node.name.clone(), Seen { survey, up, sole, owned });
+        nodes.insert(node.name.clone(), Seen { survey, standing, sole, owned });
     }
     Ok(nodes)
 }
@@ -95,27 +94,16 @@ async fn take(context: &Context, crew: &Crew<'_>, step: &Step) -> Result<(), Fai
     let session = crew.session(&step.node)?;
     match &step.action {
         Action::Run { statement } => Ok(session.run(statement, STATEMENT_BOUND).await?),
-        Action::DropSlot { slot } => {
-            let gone = wait(context, SLOT_BOUND, async || {
-                let row = session.row(sql::DEINIT_SLOT, &[slot], LOOK_BOUND).await?;
-                Ok(row.get::<_, bool>("gone").then_some(()))
-            });
-            gone.await.map_err(|halt| match halt {
-                Halt::Late => {
-                    let message = format!("{}: slot {slot} is still in use", step.node);
-                    Failure::new(Kind::Undone, message).hint("see who reads it in pg_replication_slots")
-                }
-                Halt::Signal(signal) => admin::stopped(signal),
-                Halt::Node(error) => error.into(),
-            })
-        }
+        Action::DropSlot { slot } => admin::drop_slot(context, session, slot).await,
+        Action::Open => Ok(session.rows(sql::UP, &[&false], UP_BOUND).await.map(drop)?),
+        action => Err(Failure::new(Kind::Undone, format!("no step of deinit: {}", action.text()))),
     }
 }
 
 /// The plan as people read it.
 fn describe(plan: &Plan) -> String {
     let stays: String = plan.stays.iter().map(|line| format!("stays: {line}\n")).collect();
-    admin::by_node(steps(plan)) + &stays
+    admin::by_node(plan.steps.iter().map(Step::lines)) + &stays
 }
 
 fn steps(plan: &Plan) -> Vec<(&str, String)> {

@@ -22,7 +22,7 @@ use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts;
 use crate::failure::{Failure, Kind};
 use crate::node::{NodeError, Params, Session};
-use crate::quote::name;
+use crate::quote::{literal, name};
 use crate::setup::{self, Action, Content, Plan, Refusal, Seen, Standing, Step, Wish};
 use crate::sql;
 use crate::survey::{self, Survey, Table};
@@ -59,7 +59,7 @@ pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
         let json = json!({"command": "init", "outcome": "nothing_to_do", "steps": []});
         return Ok(Reply::done("nothing to do: the nodes replicate to each other as configured", json));
     }
-    let text = describe(&plan);
+    let text = admin::by_node(plan.steps.iter().map(Step::lines));
     if options.dry_run {
         let json = json!({"command": "init", "outcome": "dry_run", "plan": plan});
         return Ok(Reply::done(text, json));
@@ -84,13 +84,6 @@ pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
         }
         Err(failure) => Err(work.stands(failure, &plan)),
     }
-}
-
-/// The plan as people read it.
-fn describe(plan: &Plan) -> String {
-    admin::by_node(
-        plan.steps.iter().map(|step| (step.node.as_str(), format!("{}\n      {}", step.action.text(), step.why))),
-    )
 }
 
 /// A row, or a position, that has gone from one node to another.
@@ -171,7 +164,7 @@ impl<'a> Work<'a> {
             let session = self.session(&node)?;
             let standing = match survey.about.extension {
                 None => Standing::Up,
-                Some(_) => standing(&facts::state(session, LOOK_BOUND).await?),
+                Some(_) => Standing::of(&facts::state(session, LOOK_BOUND).await?),
             };
             let filled = filled(session, &survey).await?;
             let filled = filled.into_iter().map(|table| (table, None)).collect();
@@ -223,12 +216,20 @@ impl<'a> Work<'a> {
             Action::Run { statement } => Ok(self.session(node)?.run(statement, STATEMENT_BOUND).await?),
             Action::Close => self.close(node, plan).await,
             Action::Gather { peers } => {
+                // Whose own copy is not over has not everything, however far its subscription is.
+                self.copy(node, progress).await?;
                 for other in peers {
                     self.caught_up(other, node).await?;
                 }
                 Ok(())
             }
             Action::Compare => self.compare().await,
+            Action::StopMaking { slot } => self.stop_making(node, slot).await,
+            Action::DropSlot { slot } => admin::drop_slot(self.context, self.session(node)?, slot).await,
+            Action::MakeSlot { slot } => {
+                let making = sql::SETUP_MAKE_SLOT.replace("$1", &literal(slot));
+                self.make_slot(node, node, slot, &making, progress).await
+            }
             Action::Subscribe { publisher, statement, .. } => {
                 self.subscribe(node, publisher, statement, progress).await
             }
@@ -315,9 +316,48 @@ impl<'a> Work<'a> {
         progress: &Progress,
     ) -> Result<(), Failure> {
         let slot = self.context.config.slot(publisher, node);
+        self.make_slot(node, publisher, &slot, statement, progress).await.map_err(|mut failure| {
+            if failure.message.contains("would replicate this database to itself") {
+                failure.hint = Some(format!(
+                    "check host and port of {publisher} in the configuration, under [node.replication] too"
+                ));
+            }
+            failure
+        })?;
+        let (session, source) = (self.session(node)?, self.session(publisher)?);
+        if admin::slot(source, &slot, None).await?.is_some() {
+            return Ok(());
+        }
+        let subscription = self.context.config.subscription_to(publisher);
+        // Its slot is on that other server, and goes with it.
+        session.run(&format!("drop subscription {}", name(&subscription)), STATEMENT_BOUND).await?;
+        let wanted = &self.context.node(publisher)?.replication;
+        let host = wanted.host.as_deref().unwrap_or(&self.context.node(publisher)?.host).to_owned();
+        let message = format!("what {node} reaches as {host} is not {publisher}; the subscription was dropped again");
+        Err(Failure::new(Kind::Undone, message)
+            .hint(format!("check host and port of {publisher} in the configuration, under [node.replication] too")))
+    }
+
+    /// Runs what makes a slot on a publisher, which waits for all transactions that are under way there.
+    async fn make_slot(
+        &self,
+        node: &str,
+        publisher: &str,
+        slot: &str,
+        statement: &str,
+        progress: &Progress,
+    ) -> Result<(), Failure> {
         let patience = self.options.patience;
         let session = self.session(node)?;
-        let source = self.session(publisher)?;
+        // The session that makes it cannot be asked meanwhile.
+        let watcher = match node == publisher {
+            true => Some(self.admin.another(self.context, publisher).await?),
+            false => None,
+        };
+        let source = match &watcher {
+            Some(watcher) => watcher,
+            None => self.session(publisher)?,
+        };
         let making = session.run(statement, patience + STATEMENT_BOUND);
         tokio::pin!(making);
         let until = Instant::now() + patience;
@@ -330,11 +370,7 @@ impl<'a> Work<'a> {
                 }
                 () = sleep(Duration::from_millis(500)) => {
                     let waiting = source.rows(sql::SETUP_WAITING, &[&slot], LOOK_BOUND).await?;
-                    let waiting: Vec<String> = waiting.iter().map(|row| {
-                        let (pid, since): (i32, String) = (row.get("pid"), row.get("since"));
-                        let (user, application): (String, String) = (row.get("usename"), row.get("application_name"));
-                        format!("pid {pid} of {user} ({application}), in a transaction since {since}")
-                    }).collect();
+                    let waiting: Vec<String> = waiting.iter().map(|row| row.get("who")).collect();
                     let waiting = waiting.join("; ");
                     if !waiting.is_empty() && waiting != told {
                         progress.say(&format!("      waits for a transaction on {publisher}: {waiting}"));
@@ -342,7 +378,7 @@ impl<'a> Work<'a> {
                     }
                     if Instant::now() >= until {
                         let message = format!(
-                            "{node}: the subscription to {publisher} was not made within {}", humantime::format_duration(patience)
+                            "{node}: the slot {slot} on {publisher} was not made within {}", humantime::format_duration(patience)
                         );
                         let failure = Failure::new(Kind::Undone, message);
                         break Err(match told.as_str() {
@@ -355,29 +391,27 @@ impl<'a> Work<'a> {
                 }
             }
         };
-        if let Err(mut failure) = stopped {
-            session.cancel(&self.admin.connector, LOOK_BOUND).await;
-            let _ = tokio::time::timeout(TIDY_BOUND, making).await;
-            // The publisher would go on, and leave a slot that nobody reads.
-            source.rows(sql::SETUP_STOP_MAKING, &[&slot], LOOK_BOUND).await?;
-            if failure.message.contains("would replicate this database to itself") {
-                failure.hint = Some(format!(
-                    "check host and port of {publisher} in the configuration, under [node.replication] too"
-                ));
-            }
-            return Err(failure);
-        }
-        if admin::slot(source, &slot, None).await?.is_some() {
-            return Ok(());
-        }
-        let subscription = self.context.config.subscription_to(publisher);
-        // Its slot is on that other server, and goes with it.
-        session.run(&format!("drop subscription {}", name(&subscription)), STATEMENT_BOUND).await?;
-        let wanted = &self.context.node(publisher)?.replication;
-        let host = wanted.host.as_deref().unwrap_or(&self.context.node(publisher)?.host).to_owned();
-        let message = format!("what {node} reaches as {host} is not {publisher}; the subscription was dropped again");
-        Err(Failure::new(Kind::Undone, message)
-            .hint(format!("check host and port of {publisher} in the configuration, under [node.replication] too")))
+        let Err(failure) = stopped else { return Ok(()) };
+        session.cancel(&self.admin.connector, LOOK_BOUND).await;
+        let _ = tokio::time::timeout(TIDY_BOUND, making).await;
+        // The publisher would go on, and leave a slot that nobody reads.
+        source.rows(sql::SETUP_STOP_MAKING, &[&slot], LOOK_BOUND).await?;
+        Err(failure)
+    }
+
+    /// Ends whoever makes a slot, and waits until there is none.
+    async fn stop_making(&self, node: &str, slot: &str) -> Result<(), Failure> {
+        let session = self.session(node)?;
+        session.rows(sql::SETUP_STOP_MAKING, &[&slot], LOOK_BOUND).await?;
+        let gone = wait(self.context, TIDY_BOUND, async || {
+            Ok(admin::slot(session, slot, None).await?.is_none().then_some(()))
+        });
+        gone.await.map_err(|halt| match halt {
+            Halt::Late => Failure::new(Kind::Undone, format!("{node}: the slot {slot} was finished meanwhile"))
+                .hint("run init again, which looks anew whose it is"),
+            Halt::Signal(signal) => admin::stopped(signal),
+            Halt::Node(error) => error.into(),
+        })
     }
 
     async fn enable(&mut self, node: &str, publisher: &str, statement: &str) -> Result<(), Failure> {
@@ -583,26 +617,11 @@ fn refused(refusal: Refusal) -> Failure {
     failure
 }
 
-/// Whether a node takes writes, and whether that is an earlier run's doing.
-pub fn standing(state: &facts::State) -> Standing {
-    if state.is_up() {
-        Standing::Up
-    } else if state.reason.as_deref() == Some(setup::REASON) && !state.rejoin {
-        Standing::Parked
-    } else {
-        Standing::Down
-    }
-}
-
 /// The tables that have rows.
 async fn filled(session: &Session, survey: &Survey) -> Result<Vec<String>, NodeError> {
     let asked: Vec<String> = setup::replicated(survey)
         .map(|table| {
-            format!(
-                "select {}::text as relation where exists (select from only {})",
-                crate::quote::literal(&table.name),
-                table.name
-            )
+            format!("select {}::text as relation where exists (select from only {})", literal(&table.name), table.name)
         })
         .collect();
     if asked.is_empty() {
