@@ -359,9 +359,15 @@ unsafe extern "C-unwind" fn object_access(
 /// # Safety
 /// `node` is a statement of PostgreSQL's.
 unsafe fn always_allowed(node: *mut pg_sys::Node) -> bool {
-    use pg_sys::NodeTag::{T_AlterSubscriptionStmt, T_CreateSubscriptionStmt, T_DropSubscriptionStmt};
-    // SAFETY: every node has a tag.
-    matches!(unsafe { (*node).type_ }, T_AlterSubscriptionStmt | T_CreateSubscriptionStmt | T_DropSubscriptionStmt)
+    use pg_sys::NodeTag::{T_AlterSubscriptionStmt, T_CreateSubscriptionStmt, T_DropSubscriptionStmt, T_RenameStmt};
+    // SAFETY: every node has a tag, which says what the node is.
+    unsafe {
+        match (*node).type_ {
+            T_AlterSubscriptionStmt | T_CreateSubscriptionStmt | T_DropSubscriptionStmt => true,
+            T_RenameStmt => (*node.cast::<pg_sys::RenameStmt>()).renameType == pg_sys::ObjectType::OBJECT_SUBSCRIPTION,
+            _ => false,
+        }
+    }
 }
 
 /// Core lets a read-only transaction prepare, and commits prepared ones without asking.

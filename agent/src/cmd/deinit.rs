@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::admin::{self, Admin, consent};
+use super::progress::Progress;
 use super::{Context, Reply, UP_BOUND, unreachable};
 use crate::cli::Deinit;
 use crate::crew::{Crew, LOOK_BOUND};
@@ -53,7 +54,9 @@ pub async fn run(context: &Context, options: &Deinit) -> Result<Reply, Failure> 
         return Ok(Reply::done(format!("nothing to do\n{text}"), document("nothing_to_do")));
     }
     consent(context, &text, options.yes)?;
+    let progress = Progress::new(context.json);
     for (taken, step) in plan.steps.iter().enumerate() {
+        progress.say(&format!("[{}/{}] {}: {}", taken + 1, plan.steps.len(), step.node, step.action.text()));
         take(context, &crew, step).await.map_err(|failure| {
             let mut failure = admin::cut_off(failure, "deinit", &steps(&plan), taken, None);
             failure.report.insert("plan".into(), json!(plan));

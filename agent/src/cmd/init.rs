@@ -53,7 +53,16 @@ pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
     if !options.dry_run {
         crew.lock().await?;
     }
-    let mut work = Work { context, options, admin: &admin, crew, taken: 0, closed: BTreeSet::new(), proof: Vec::new() };
+    let mut work = Work {
+        context,
+        options,
+        admin: &admin,
+        crew,
+        taken: 0,
+        parked: BTreeSet::new(),
+        closed: BTreeSet::new(),
+        proof: Vec::new(),
+    };
     let plan = work.look().await?;
     if plan.steps.is_empty() {
         let json = json!({"command": "init", "outcome": "nothing_to_do", "steps": []});
@@ -65,6 +74,9 @@ pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
         return Ok(Reply::done(text, json));
     }
     consent(context, &text, options.yes)?;
+    let of = |wanted: Action| plan.steps.iter().filter(move |step| step.action == wanted).map(|step| step.node.clone());
+    let closing: BTreeSet<String> = of(Action::Close).collect();
+    work.parked = of(Action::Open).filter(|node| !closing.contains(node)).collect();
     let began = Instant::now();
     match work.carry_out(&plan).await {
         Ok(()) => {
@@ -122,7 +134,9 @@ struct Work<'a> {
     crew: Crew<'a>,
     /// How many steps are done.
     taken: usize,
-    /// The nodes that are down until it is finished.
+    /// The nodes that an earlier run has left down, and this one opens at its end.
+    parked: BTreeSet<String>,
+    /// The nodes that this run has taken down until it is finished.
     closed: BTreeSet<String>,
     proof: Vec<Proof>,
 }
@@ -521,6 +535,7 @@ impl<'a> Work<'a> {
         }
         self.open_now(node).await?;
         self.closed.remove(node);
+        self.parked.remove(node);
         Ok(())
     }
 
@@ -600,12 +615,12 @@ impl<'a> Work<'a> {
     /// What a run that did not come to its end has left.
     fn stands(&self, failure: Failure, plan: &Plan) -> Failure {
         let steps: Vec<_> = plan.steps.iter().map(|step| (step.node.as_str(), step.action.text())).collect();
-        let closed: Vec<&str> = self.closed.iter().map(String::as_str).collect();
+        let closed: Vec<&str> = self.closed.union(&self.parked).map(String::as_str).collect();
         let left =
             (!closed.is_empty()).then(|| format!("{} stays down until init has come to its end", closed.join(", ")));
         let mut failure = admin::cut_off(failure, "init", &steps, self.taken, left);
         failure.report.insert("plan".into(), json!(plan));
-        failure.report.insert("closed".into(), json!(self.closed));
+        failure.report.insert("closed".into(), json!(closed));
         failure
     }
 }

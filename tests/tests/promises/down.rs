@@ -349,7 +349,7 @@ async fn reads_and_upkeep_go_on_while_down() -> Result<()> {
         }
     }
     let create = "create subscription another connection 'dbname=nowhere' publication nothing with (connect = false, slot_name = none)";
-    for statement in [create, "drop subscription another"] {
+    for statement in [create, "alter subscription another rename to other", "drop subscription other"] {
         session.client.batch_execute(statement).await.with_context(|| statement.to_owned())?;
     }
     old.batch_execute(

@@ -1,10 +1,12 @@
 //! `stillebot-agent deinit`: what `init` made is taken away, and the rows stay.
 
 use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
 use stillebot_tests::cluster::DATABASE;
-use stillebot_tests::{Cluster, Server, Shutdown};
+use stillebot_tests::{Cluster, Server, Shutdown, wait_until};
 
-use crate::runs::{Run, agent};
+use crate::PATIENCE;
+use crate::runs::{Run, Started, agent, killed_at};
 
 /// A set of nodes that `init` has made, with a row.
 async fn initiated(nodes: usize) -> Result<Cluster> {
@@ -108,5 +110,66 @@ async fn the_extension_and_its_log_can_be_kept() -> Result<()> {
         node.execute(DATABASE, "select stillebot_down()").await?;
         node.execute(DATABASE, "select stillebot_up()").await?;
     }
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_deinit_that_is_killed_again_and_again_comes_to_its_end_and_leaves_the_rows() -> Result<()> {
+    // A pair that has become a set of three: its subscriptions are renamed, and the slots are called as before.
+    let cluster = Cluster::builder().bare().nodes(3).direct().config("max_slot_wal_keep_size", "4GB").start().await?;
+    let lost = "connection to client lost";
+    for part in ["terminating logical replication worker due to administrator command", " 55006 ", " 42704 ", lost] {
+        cluster.expect_log(part);
+    }
+    cluster.expect_log("requested copy_data with origin = NONE but might copy data that had a different origin");
+    cluster.node("sikorsky").execute(DATABASE, "insert into stillebot.config values (1, 'kept', '{}')").await?;
+    for nodes in [&["sikorsky", "gideon"][..], &["sikorsky", "gideon", "rodan"]] {
+        cluster.agent_knows(nodes)?;
+        admin(&cluster, "init", &["--yes"]).await?.expect_code(0)?;
+    }
+    let words = cluster.as_admin("deinit", &["--yes", "--roles"]);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let mut killed = 0;
+    while killed_at(&cluster, &words, 3).await? {
+        killed += 1;
+        ensure!(killed < 60, "killed so often, deinit makes no headway");
+    }
+    ensure!(killed > 8, "it was killed only {killed} times");
+    for node in cluster.nodes() {
+        ensure!(left(node).await? == "0 0 0 0 0", "{}: {}", node.name(), left(node).await?);
+        let kept: i64 = node.value(DATABASE, "select count(*) from stillebot.config").await?;
+        ensure!(kept == 1, "{}: {kept} rows", node.name());
+        node.execute(DATABASE, "insert into stillebot.config values (2, 'here', '{}')").await?;
+    }
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn deinit_takes_away_half_an_init_and_opens_what_that_had_closed() -> Result<()> {
+    let cluster = Cluster::builder().bare().config("max_slot_wal_keep_size", "4GB").start().await?;
+    cluster.expect_log("terminating logical replication worker due to administrator command");
+    cluster.expect_log(" 55006 ");
+    cluster.expect_log(" 57014 ");
+    cluster.expect_log("connection to client lost");
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let insert = "insert into stillebot.config select n, 'kept', '{}' from generate_series(1, 40000) n";
+    sikorsky.execute(DATABASE, insert).await?;
+    let words = cluster.as_admin("init", &["--yes"]);
+    let mut init = Started::new(&cluster, &words.iter().map(String::as_str).collect::<Vec<_>>())?;
+    wait_until("a copy to be under way", PATIENCE, || async {
+        let copying = "select exists (select from pg_subscription_rel where srsubstate <> 'r')";
+        Ok(gideon.value::<bool>(DATABASE, copying).await?.then_some(()))
+    })
+    .await?;
+    cluster.link("sikorsky", "gideon").cut().await?;
+    init.signal(Signal::SIGKILL)?;
+    init.end().await?;
+    deinit(&cluster, &["--yes"]).await?.expect_code(0)?;
+    for node in cluster.nodes() {
+        ensure!(left(node).await? == "0 0 0 0 0", "{}: {}", node.name(), left(node).await?);
+        node.execute(DATABASE, "insert into stillebot.config values (0, 'here', '{}')").await?;
+    }
+    let kept: i64 = sikorsky.value(DATABASE, "select count(*) from stillebot.config").await?;
+    ensure!(kept == 40_001, "{kept} rows");
     cluster.finish().await
 }

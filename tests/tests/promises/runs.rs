@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use stillebot_tests::cluster::{DATABASE, active_name};
 use stillebot_tests::{Cluster, Server, wait_until};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::Child;
 use tokio_postgres::error::SqlState;
 
@@ -55,6 +56,30 @@ impl Run {
 /// Runs the agent to its end.
 pub async fn agent(cluster: &Cluster, arguments: &[&str]) -> Result<Run> {
     Started::new(cluster, arguments)?.end().await
+}
+
+/// Runs a command that shows its steps, without `--json`, and kills it when it says that it takes the step of this number.
+/// Whether it came that far.
+pub async fn killed_at(cluster: &Cluster, arguments: &[&str], number: usize) -> Result<bool> {
+    let mut child = cluster.agent_command(arguments).spawn()?;
+    let mut lines = BufReader::new(child.stderr.take().context("no stderr")?).lines();
+    let mut said = String::new();
+    let reached = tokio::time::timeout(RUN_BOUND, async {
+        while let Some(line) = lines.next_line().await? {
+            if line.starts_with(&format!("[{number}/")) {
+                return anyhow::Ok(true);
+            }
+            said += &(line + "\n");
+        }
+        Ok(false)
+    });
+    if reached.await.context("the agent stands still")?? {
+        child.kill().await?;
+        return Ok(true);
+    }
+    let status = child.wait().await?;
+    ensure!(status.success(), "{arguments:?}: {status}: {said}");
+    Ok(false)
 }
 
 /// An agent under way.

@@ -1,6 +1,7 @@
 //! `stillebot-agent init`: servers that nobody has set up become nodes that replicate, and no row is lost on the way.
 
 use std::fs;
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -8,10 +9,13 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use stillebot_tests::cluster::{DATABASE, active_name};
 use stillebot_tests::{Cluster, ClusterBuilder, Rows, Server, Workload, WorkloadOptions, wait_until};
+use tokio::io::AsyncWriteExt as _;
 
 use crate::PATIENCE;
 use crate::runs::{self, Run, Started, agent};
 
+/// What a server says when the agent that it was working for is gone.
+const KILLED: &str = "connection to client lost";
 /// Enough rows for a copy that can be watched and interrupted.
 const ROWS: i64 = 40_000;
 
@@ -264,6 +268,7 @@ async fn an_init_that_was_killed_or_interrupted_is_finished_by_the_next_one() ->
         cluster.expect_log(" 25006 ");
         // What the interrupted one was waiting for, it has ended itself.
         cluster.expect_log("canceling statement due to user request");
+        cluster.expect_log(KILLED);
         let mut started = init_that_stands_still(&cluster).await?;
         started.signal(signal)?;
         let run = started.end().await?;
@@ -285,6 +290,7 @@ async fn an_init_that_was_killed_or_interrupted_is_finished_by_the_next_one() ->
 #[tokio::test]
 async fn an_init_whose_connection_is_cut_is_finished_by_the_next_one() -> Result<()> {
     let cluster = bare().start().await?;
+    cluster.expect_log(KILLED);
     fill(&cluster.nodes()[0], ROWS).await?;
     let started = start_init(&cluster, &["--yes"])?;
     wait_copying(&cluster, "gideon").await?;
@@ -345,5 +351,170 @@ async fn a_dry_run_changes_nothing_and_without_a_terminal_nobody_is_taken_at_his
     let run = init(&cluster, &[]).await?.expect_code(1)?;
     ensure!(run.json["hint"].as_str().is_some_and(|text| text.contains("--yes")), "{run:#?}");
     ensure!(all_made(&cluster).await? == before, "something was changed that nobody agreed to");
+    cluster.finish().await
+}
+
+/// Kills `init` at its second, third, .. seventh step, again and again, until it comes to its end before; how often that was.
+async fn init_killed_again_and_again(cluster: &Cluster, more: &[&str]) -> Result<usize> {
+    cluster.expect_log(KILLED);
+    let words = cluster.as_admin("init", more);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    for killed in 0..60 {
+        if !runs::killed_at(cluster, &words, 2 + killed % 6).await? {
+            return Ok(killed);
+        }
+    }
+    anyhow::bail!("killed so often, init makes no headway");
+}
+
+#[tokio::test]
+async fn an_init_of_three_that_is_killed_again_and_again_goes_on_with_the_same_words() -> Result<()> {
+    let cluster = bare().nodes(3).direct().start().await?;
+    fill(cluster.node("rodan"), 2000).await?;
+    let killed = init_killed_again_and_again(&cluster, &["--yes", "--from", "rodan"]).await?;
+    ensure!(killed > 8, "it was killed only {killed} times");
+    ensure!(runs::writable(&cluster).await?.len() == 3, "a node was left closed");
+    ensure!(count(cluster.node("gideon"), "config").await? == 2000, "rows are missing");
+    assert_replicates(&cluster).await?;
+    let again = init(&cluster, &["--yes", "--from", "rodan"]).await?.expect_code(0)?;
+    ensure!(again.json["outcome"] == "nothing_to_do", "{again:#?}");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_third_node_joins_while_one_is_down_which_stays_so_however_often_init_is_killed() -> Result<()> {
+    let cluster = bare().nodes(3).direct().start().await?;
+    fill(&cluster.nodes()[0], 2000).await?;
+    cluster.agent_knows(&["sikorsky", "gideon"])?;
+    init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    cluster.agent_knows(&["sikorsky", "gideon", "rodan"])?;
+    cluster.expect_log("requested copy_data with origin = NONE but might copy data that had a different origin");
+    cluster.expect_log(" 25006 ");
+    let sikorsky = cluster.node("sikorsky");
+    sikorsky.execute(DATABASE, "select stillebot_down('kernel update')").await?;
+    let killed = init_killed_again_and_again(&cluster, &["--yes"]).await?;
+    ensure!(killed > 4, "it was killed only {killed} times");
+    let state: String =
+        sikorsky.value(DATABASE, "select format('%s %s', state, reason) from stillebot_status()").await?;
+    ensure!(state == "down kernel update", "{state}");
+    ensure!(runs::writable(&cluster).await? == ["gideon", "rodan"], "a node was left closed");
+    sikorsky.execute(DATABASE, "select stillebot_up()").await?;
+    ensure!(count(cluster.node("rodan"), "config").await? == 2000, "rows are missing");
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_slot_that_waits_for_a_transaction_says_for_whose_and_leaves_nothing_half_done() -> Result<()> {
+    let cluster = bare().start().await?;
+    let sikorsky = cluster.node("sikorsky");
+    // Given up, by the agent or because it was killed.
+    cluster.expect_log("canceling statement due to user request");
+    cluster.expect_log(KILLED);
+    cluster.expect_log("terminating connection due to administrator command");
+    cluster.expect_log("could not create replication slot");
+    let session = sikorsky.superuser(DATABASE).await?;
+    session.batch_execute("set application_name = 'forgotten'; begin; select pg_current_xact_id()").await?;
+    let pid: i32 = session.query_one("select pg_backend_pid()", &[]).await?.get(0);
+    let given_up = |run: &Run| {
+        let detail = run.json["detail"].as_str().unwrap_or_default();
+        ensure!(
+            detail.contains(&format!("pid {pid} of ")) && detail.contains("(forgotten), in a transaction since 2"),
+            "{run:#?}"
+        );
+        ensure!(detail.contains("gideon stays down until init has come to its end"), "{run:#?}");
+        ensure!(run.json["hint"].as_str().is_some_and(|hint| hint.contains("pg_terminate_backend()")), "{run:#?}");
+        Ok(())
+    };
+    let left =
+        "select count(*) from (select from pg_replication_slots union all select from pg_subscription) as all_of_them";
+    let nothing_left = || async {
+        for node in cluster.nodes() {
+            wait_until("nothing to be left", PATIENCE, || async {
+                Ok((node.value::<i64>(DATABASE, left).await? == 0).then_some(()))
+            })
+            .await?;
+        }
+        anyhow::Ok(())
+    };
+    let run = init(&cluster, &["--yes", "--patience", "2s"]).await?.expect_code(3)?;
+    given_up(&run)?;
+    nothing_left().await?;
+
+    let mut killed = start_init(&cluster, &["--yes"])?;
+    wait_until("the slot to be in the making", PATIENCE, || async {
+        let making = "select exists (select from pg_replication_slots where confirmed_flush_lsn is null)";
+        Ok(sikorsky.value::<bool>(DATABASE, making).await?.then_some(()))
+    })
+    .await?;
+    killed.signal(Signal::SIGKILL)?;
+    killed.end().await?;
+    let run = init(&cluster, &["--yes", "--patience", "2s"]).await?.expect_code(3)?;
+    given_up(&run)?;
+    nothing_left().await?;
+
+    session.batch_execute("commit").await?;
+    init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+/// The agent on a terminal of its own, at which somebody types this: exit code, and all that is seen there.
+async fn at_a_terminal(cluster: &Cluster, words: &[String], typed: &str) -> Result<(Option<i32>, String)> {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let command = cluster.agent_command(&words);
+    let line: Vec<String> = std::iter::once(command.as_std().get_program())
+        .chain(command.as_std().get_args())
+        .map(|word| format!("'{}'", word.to_string_lossy()))
+        .collect();
+    let mut script = tokio::process::Command::new("script");
+    script.args(["--quiet", "--return", "--command", &line.join(" "), "/dev/null"]).kill_on_drop(true);
+    let mut child = script.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut keyboard = child.stdin.take().context("no stdin")?;
+    keyboard.write_all(typed.as_bytes()).await?;
+    let output = tokio::time::timeout(PATIENCE, child.wait_with_output()).await.context("it does not end")??;
+    drop(keyboard);
+    Ok((output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned()))
+}
+
+#[tokio::test]
+async fn at_a_terminal_it_asks_and_whatever_is_not_yes_changes_nothing() -> Result<()> {
+    let cluster = bare().start().await?;
+    fill(&cluster.nodes()[0], 1000).await?;
+    let before = all_made(&cluster).await?;
+    for typed in ["n\n", "\n", "yellow\n"] {
+        let (code, seen) = at_a_terminal(&cluster, &cluster.as_admin("init", &[]), typed).await?;
+        ensure!(code == Some(1), "{code:?}: {seen}");
+        ensure!(seen.contains("Do it? [y/N]") && seen.contains("not agreed to; nothing was changed"), "{seen}");
+        ensure!(seen.contains("create subscription multihome"), "the plan was not shown: {seen}");
+        ensure!(all_made(&cluster).await? == before, "something was changed that nobody agreed to");
+    }
+    let (code, seen) = at_a_terminal(&cluster, &cluster.as_admin("init", &[]), "y\n").await?;
+    ensure!(code == Some(0) && seen.contains("done in "), "{code:?}: {seen}");
+    assert_replicates(&cluster).await?;
+    let (code, seen) = at_a_terminal(&cluster, &cluster.as_admin("deinit", &[]), "n\n").await?;
+    ensure!(code == Some(1) && seen.contains("not agreed to; nothing was changed"), "{code:?}: {seen}");
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn without_a_terminal_progress_is_plain_lines_one_for_each_step_and_table() -> Result<()> {
+    let cluster = bare().start().await?;
+    fill(&cluster.nodes()[0], ROWS).await?;
+    let words = cluster.as_admin("init", &["--yes"]);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let output = cluster.agent_command(&words).output().await?;
+    let (stdout, stderr) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
+    ensure!(output.status.success(), "{stdout}{stderr}");
+    ensure!(stdout.contains("a row came after") && stdout.trim_end().ends_with(" s"), "{stdout}");
+    ensure!(!stderr.contains(|c: char| c.is_control() && c != '\n'), "{stderr:?}");
+    let steps: Vec<&str> = stderr.lines().filter(|line| line.starts_with('[')).collect();
+    for (number, step) in steps.iter().enumerate() {
+        ensure!(step.starts_with(&format!("[{}/{}] ", number + 1, steps.len())), "{stderr}");
+    }
+    let copied = stderr.lines().filter(|line| *line == "      gideon: stillebot.config: copied").count();
+    ensure!(copied == 1, "{stderr}");
+    ensure!(stderr.lines().all(|line| line.starts_with('[') || line.starts_with("      ")), "{stderr}");
     cluster.finish().await
 }
