@@ -459,6 +459,23 @@ impl Server {
         Ok(server)
     }
 
+    /// What pg_upgrade makes of it while it is stopped: another server, not started, under another name, on another port.
+    pub fn upgrade(&self, name: &str) -> Result<Server> {
+        ensure!(!self.is_running(), "{} runs", self.name);
+        let server = self.twin(name)?;
+        copy_template(server.installation, &server.data_directory())?;
+        server.furnish()?;
+        let mut command = self.installation.server_command("pg_upgrade", &[]);
+        for (option, bindir) in [("-b", self.installation), ("-B", server.installation)] {
+            command.arg(option).arg(&bindir.bindir);
+        }
+        command.arg("-d").arg(self.data_directory()).arg("-D").arg(server.data_directory());
+        command.args(["-U", "postgres", "-p", &self.port().to_string(), "-P", &server.port().to_string()]);
+        // It leaves scripts, logs and its sockets where it is run.
+        postgres::run(command.current_dir(server.directory.path()))?;
+        Ok(server)
+    }
+
     /// Puts a backup that was never started in the place of its data directory, as after a disaster.
     pub fn restore(&self, backup: &Server) -> Result<()> {
         ensure!(!self.is_running() && !backup.is_running(), "{} or its backup runs", self.name);

@@ -337,3 +337,39 @@ async fn a_backup_restored_to_the_same_place_is_a_copy_too() -> Result<()> {
     wait_has(sikorsky, "from now on").await?;
     cluster.finish().await
 }
+
+#[tokio::test]
+async fn a_node_that_pg_upgrade_has_made_anew_is_down_and_has_its_log_until_it_is_told_that_it_replaces_the_old_one()
+-> Result<()> {
+    let old = furnished(Server::builder("sikorsky")).await?;
+    identify(&old, "postgres", "sikorsky").await?;
+    let row = "create table kept (id int primary key); insert into kept values (1);
+               insert into multihome.log (subscription_oid, subscription, conflict_type, first_seen, last_seen, blocking)
+               values (1, 'multihome', 'apply_error', now(), now(), false)";
+    old.execute("postgres", row).await?;
+    take_down(&old).await?;
+    let before = identity(&old, "postgres").await?;
+    old.stop(Shutdown::Fast).await?;
+
+    let new = old.upgrade("sikorsky")?;
+    new.expect_log(" 25006 ");
+    new.expect_log(" 55000 ");
+    new.start().await?;
+    ensure!(state(&new, "postgres").await? == "down");
+    let after = identity(&new, "postgres").await?;
+    ensure!(after["id"] == before["id"] && after["foreign"] == true, "{after}");
+    let operator = new.superuser("postgres").await?;
+    assert_error(operator.batch_execute("insert into kept values (2)").await, &SqlState::READ_ONLY_SQL_TRANSACTION);
+    let up = operator.batch_execute("select stillebot_up()").await;
+    assert_error(up, &SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE);
+    operator.batch_execute("select stillebot_adopt_identity()").await?;
+    operator.batch_execute("select stillebot_up()").await?;
+    operator.batch_execute("insert into kept values (2)").await?;
+    let known = identity(&new, "postgres").await?;
+    ensure!(known["foreign"] == false && known["pair"] == PAIR, "{known}");
+    ensure!(new.value::<i64>("postgres", "select count(*) from multihome.log").await? == 1, "the log is gone");
+    ensure!(new.value::<i64>("postgres", "select count(*) from kept").await? == 2, "rows are gone");
+    drop(operator);
+    old.finish().await?;
+    new.finish().await
+}
