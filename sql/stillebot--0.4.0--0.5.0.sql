@@ -2,3 +2,187 @@
 -- that do not collide.
 
 \echo Use "ALTER EXTENSION stillebot UPDATE" to load this file. \quit
+
+-- Sequences: what gives keys, and what is to come next from it. None of this is replicated.
+
+create function multihome.next_value(sequence oid, increment bigint) returns numeric
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    next numeric := pg_sequence_last_value(sequence)::numeric + increment;
+begin
+    if next is null then -- Not called yet: where setval() or ALTER SEQUENCE .. RESTART put it.
+        execute format('select last_value from %s', sequence::regclass) into next;
+    end if;
+    return next;
+end $$;
+revoke execute on function multihome.next_value(oid, bigint) from public;
+comment on function multihome.next_value(oid, bigint) is 'What a sequence with that increment hands out next; beyond its bounds if it is exhausted.';
+
+create function multihome.sequence_positions() returns jsonb
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp
+begin atomic
+    select coalesce(jsonb_object_agg(format('%I.%I', n.nspname, c.relname), multihome.next_value(q.seqrelid, q.seqincrement)), '{}')
+      from pg_sequence q
+      join pg_class c on c.oid = q.seqrelid
+      join pg_namespace n on n.oid = c.relnamespace
+     where c.relpersistence = 'p'
+       and n.nspname <> 'multihome'
+       and not q.seqcycle;
+end;
+revoke execute on function multihome.sequence_positions() from public;
+comment on function multihome.sequence_positions() is
+'What each sequence hands out next, by its name. Those that cycle are left out, for they hand out everything again anyhow. Final in a database that is down.';
+
+create function multihome.advance_sequences(positions jsonb) returns text[]
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
+as $$
+declare
+    entry record;
+    next numeric;
+    moved text[] := '{}';
+    quiet boolean := multihome.state() ->> 'state' = 'down';
+begin
+    perform multihome.begin_local('multihome.advance_sequences()');
+    -- Opening the database commits synchronously and makes this durable, too.
+    perform set_config('synchronous_commit', 'off', true);
+    for entry in
+        select q.seqrelid as sequence, q.seqincrement as increment, q.seqcache as cache, q.seqmin as least, q.seqmax as most, p.name,
+               case when q.seqincrement > 0 then p.highest else p.lowest end as reached
+          from (select key as name, max(value::numeric) as highest, min(value::numeric) as lowest
+                  from jsonb_array_elements(positions) as node cross join jsonb_each_text(node)
+                 group by key) as p
+          join pg_sequence q on q.seqrelid = to_regclass(p.name)
+         where not q.seqcycle
+         order by p.name
+    loop
+        next := multihome.next_value(entry.sequence, entry.increment);
+        continue when (entry.reached - next) * entry.increment <= 0;
+        -- Takes the lock that nextval() waits for, and makes sessions forget what they keep in CACHE.
+        if entry.cache > 1 or not quiet then
+            execute format('alter sequence %s increment by %s', entry.sequence::regclass, entry.increment);
+            next := multihome.next_value(entry.sequence, entry.increment);
+            continue when (entry.reached - next) * entry.increment <= 0;
+        end if;
+        -- Whole steps only: where nodes have strides, each keeps its residue.
+        next := next + entry.increment * ceil((entry.reached - next) / entry.increment);
+        if next between entry.least and entry.most then
+            perform setval(entry.sequence, next::bigint, false);
+        else -- Nothing is left there that was not handed out elsewhere.
+            perform setval(entry.sequence, case when entry.increment > 0 then entry.most else entry.least end, true);
+        end if;
+        moved := moved || entry.name;
+    end loop;
+    perform multihome.end_local();
+    return moved;
+end $$;
+revoke execute on function multihome.advance_sequences(jsonb) from public;
+comment on function multihome.advance_sequences(jsonb) is
+'Moves the sequences of this database past what others have handed out: an array of what multihome.sequence_positions() returned there. Never back; keeps residues. Also while down.
+Not durable before the next synchronous commit, which multihome.up() is. Returns the names of those that were moved.';
+
+create function multihome.sequences() returns setof jsonb
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    entry record;
+    feed record;
+    highest bigint;
+    columns jsonb;
+begin
+    for entry in
+        select q.*, format('%I.%I', n.nspname, c.relname) as name
+          from pg_sequence q
+          join pg_class c on c.oid = q.seqrelid
+          join pg_namespace n on n.oid = c.relnamespace
+         where c.relpersistence = 'p'
+           and n.nspname <> 'multihome'
+         order by name
+    loop
+        columns := '[]';
+        for feed in
+            select a.attrelid::regclass as relation, a.attname as name, format('%I.%I', n.nspname, t.relname) as table_name,
+                   case coalesce(nullif(y.typbasetype, 0), y.oid)
+                       when 'int2'::regtype then 32767
+                       when 'int4'::regtype then 2147483647
+                       when 'int8'::regtype then 9223372036854775807
+                   end as most
+              from (select d.refobjid as relation, d.refobjsubid as number
+                      from pg_depend d
+                     where d.classid = 'pg_class'::regclass and d.objid = entry.seqrelid and d.objsubid = 0
+                       and d.refclassid = 'pg_class'::regclass and d.refobjsubid > 0 and d.deptype in ('a', 'i')
+                    union
+                    select f.adrelid, f.adnum
+                      from pg_attrdef f
+                      join pg_depend d on d.classid = 'pg_attrdef'::regclass and d.objid = f.oid
+                     where d.refclassid = 'pg_class'::regclass and d.refobjid = entry.seqrelid) as feeds
+              join pg_class t on t.oid = feeds.relation and t.relkind in ('r', 'p') and t.relpersistence = 'p'
+              join pg_namespace n on n.oid = t.relnamespace and n.nspname not in ('pg_catalog', 'information_schema', 'multihome')
+              join pg_attribute a on a.attrelid = t.oid and a.attnum = feeds.number and not a.attisdropped
+              join pg_type y on y.oid = a.atttypid
+             where exists (select
+                             from pg_index i
+                            where i.indrelid = t.oid and i.indisunique and i.indisvalid
+                              and a.attnum = any (i.indkey[0 : i.indnkeyatts - 1]))
+             order by table_name, name
+        loop
+            highest := null;
+            if feed.most is not null then
+                execute format('select max(%I)::bigint from %s', feed.name, feed.relation) into highest;
+            end if;
+            columns := columns || jsonb_build_object(
+                'table', feed.table_name, 'column', format('%I', feed.name), 'most', feed.most, 'highest', highest);
+        end loop;
+        if columns <> '[]' then
+            return next jsonb_build_object(
+                'name', entry.name, 'increment', entry.seqincrement, 'start', entry.seqstart, 'least', entry.seqmin, 'most', entry.seqmax,
+                'cache', entry.seqcache, 'cycle', entry.seqcycle, 'next', multihome.next_value(entry.seqrelid, entry.seqincrement),
+                'columns', columns);
+        end if;
+    end loop;
+end $$;
+revoke execute on function multihome.sequences() from public;
+comment on function multihome.sequences() is
+'The sequences that give values to a column of a key, one JSON object each: name, increment, start, least, most, cache, cycle, next (what it hands out next), and columns: table, column, most (the greatest
+value of its type), highest (the greatest value in use).';
+
+create function multihome.stride(changes jsonb) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
+as $$
+declare
+    change record;
+    own pg_sequence;
+begin
+    if multihome.state() ->> 'state' <> 'down' then
+        raise object_not_in_prerequisite_state using message = 'strides are given to sequences of a database that is down only',
+              hint = 'Use stillebot-agent sequences stride, which takes all nodes down for it.';
+    end if;
+    perform multihome.begin_local('multihome.stride()');
+    for change in select * from jsonb_to_recordset(changes) as c (name text, increment bigint, start bigint, next bigint) order by name loop
+        select q.* into own from pg_sequence q where q.seqrelid = to_regclass(change.name);
+        if not found then
+            raise undefined_object using message = format('there is no sequence %s', change.name), hint = 'Run stillebot-agent sequences stride again.';
+        end if;
+        if own.seqincrement < 0 or own.seqcycle or change.increment < 1
+           or change.next <= multihome.next_value(own.seqrelid, own.seqincrement) - own.seqincrement then
+            raise object_not_in_prerequisite_state using
+                  message = format('sequence %s would hand out values again', change.name),
+                  hint = 'Strides are for ascending sequences without CYCLE, and lead forward.';
+        end if;
+        -- Makes sessions forget what they keep in CACHE, too.
+        execute format('alter sequence %s increment by %s start with %s', own.seqrelid::regclass, change.increment, change.start);
+        perform setval(own.seqrelid, change.next, false);
+    end loop;
+    perform multihome.end_local();
+end $$;
+revoke execute on function multihome.stride(jsonb) from public;
+comment on function multihome.stride(jsonb) is
+'Gives sequences other increments, on this node and while it is down: an array of objects with name, increment, start (where TRUNCATE .. RESTART IDENTITY begins again) and next (the value to come, never one
+that was handed out). All of them or none.';

@@ -14,6 +14,7 @@ use crate::hba::{self, Caller, Guard, Rule};
 use crate::inspect;
 use crate::node::{ADDRESS_BOUND, Answer};
 use crate::quote::{literal, name};
+use crate::sequences::{Series, collide};
 use crate::survey::{Column, Key, LEAST_VERSION, Sequence, Subscription, Survey, Table};
 
 /// Clocks that differ by more make the newest version of a row a matter of luck.
@@ -1125,21 +1126,17 @@ impl<'a> This<'a> {
                 let (Some(own), Some(its)) = (&column.sequence, twin.and_then(|twin| twin.sequence.as_ref())) else {
                     continue;
                 };
-                if !collide(own, its) {
+                if !collide(series(own), series(its)) {
                     continue;
                 }
-                let finding = Finding::warning("sequence_key", self.name())
-                    .peer(peer)
-                    .about(format!("{}.{}", table.name, column.name))
-                    .found(format!("both nodes take values from {}, and come to the same ones", own.name))
-                    .needed("keys that nodes make without each other: uuid, or another residue on each node");
-                let size = self.config.nodes.len() as i64;
-                let nodes = self.config.nodes.iter().enumerate();
-                let finding = nodes.fold(finding, |finding, (number, node)| {
-                    let strided = stride(own, &table.name, &column.name, size, number as i64);
-                    strided.into_iter().fold(finding, |finding, statement| finding.sql_on(&node.name, statement))
-                });
-                out.push(finding.person());
+                out.push(
+                    Finding::warning("sequence_key", self.name())
+                        .peer(peer)
+                        .about(format!("{}.{}", table.name, column.name))
+                        .found(format!("both nodes take values from {}, and come to the same ones", own.name))
+                        .needed("keys that nodes make without each other: uuid, or another residue on each node")
+                        .shell("stillebot-agent sequences stride"),
+                );
             }
         }
     }
@@ -1538,32 +1535,10 @@ fn differences(own: &Table, other: &Table, here: &str, there: &str) -> (bool, Ve
     (harmful, all)
 }
 
-/// Whether two sequences can come to the same value. Where the last value is not seen, the first one speaks for it.
-fn collide(own: &Sequence, other: &Sequence) -> bool {
-    if own.most < other.least || other.most < own.least {
-        return false;
-    }
-    let at = |sequence: &Sequence| i128::from(sequence.last.unwrap_or(sequence.start));
-    let common = gcd(own.increment.unsigned_abs(), other.increment.unsigned_abs());
-    common == 0 || (at(own) - at(other)).rem_euclid(i128::from(common)) == 0
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
-}
-
-/// Gives a sequence every `size`th value only, from the next one on that leaves `number`, and is new to the table.
-fn stride(sequence: &Sequence, table: &str, column: &str, size: i64, number: i64) -> [String; 2] {
-    let sequence_name = &sequence.name;
-    let start = size + number;
-    [
-        format!("alter sequence {sequence_name} increment by {size} start with {start}"),
-        format!(
-            "select pg_catalog.setval({}, (greatest((select last_value from {sequence_name}), max({column})) / {size} + 1) \
-             * {size} + {number}) from {table}",
-            literal(sequence_name)
-        ),
-    ]
+/// The values a sequence comes to. Where the last one is not seen, the first one speaks for it.
+fn series(sequence: &Sequence) -> Series {
+    let Sequence { increment, least, most, .. } = *sequence;
+    Series { increment, least, most, next: i128::from(sequence.last.unwrap_or(sequence.start)) }
 }
 
 /// The keywords whose values are not as wanted, as found; and how bad the worst of it is.
@@ -2031,34 +2006,5 @@ mod tests {
         let of_a: Vec<&str> =
             found.iter().filter(|finding| finding.node == "a").map(|finding| finding.subject).collect();
         assert_eq!(of_a, ["postgresql_version"]);
-    }
-
-    fn sequence() -> impl Strategy<Value = Sequence> {
-        (prop_oneof![1_i64..6, -5_i64..0], 1_i64..30, prop::option::of(1_i64..30)).prop_map(
-            |(increment, start, last)| Sequence { name: "s".into(), increment, start, least: -1000, most: 1000, last },
-        )
-    }
-
-    proptest! {
-        /// What is said not to collide never does.
-        #[test]
-        fn sequences_that_are_said_not_to_collide_have_no_value_in_common(a in sequence(), b in sequence()) {
-            let values = |sequence: &Sequence| {
-                let at = sequence.last.unwrap_or(sequence.start);
-                (0..200).map(|step| at + step * sequence.increment).collect::<BTreeSet<_>>()
-            };
-            if !collide(&a, &b) {
-                prop_assert!(values(&a).is_disjoint(&values(&b)));
-            }
-            prop_assert_eq!(collide(&a, &b), collide(&b, &a));
-        }
-
-        #[test]
-        fn strides_do_not_collide(size in 2_i64..9, first in 0_i64..9, second in 0_i64..9) {
-            let strided = |number: i64| Sequence {
-                increment: size, start: size + number % size, least: 1, most: i64::MAX, ..Sequence::default()
-            };
-            prop_assert_eq!(collide(&strided(first), &strided(second)), first % size == second % size);
-        }
     }
 }

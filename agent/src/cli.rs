@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::cmd::certs::STEPS as DEPLOY_STEPS;
+use crate::cmd::sequences::{PLACES, STEPS as STRIDE_STEPS};
 use crate::config::DEFAULT_PATH;
 use crate::hop::STEPS;
 use crate::resolve::Wish;
@@ -124,6 +125,35 @@ pub enum Command {
     /// Puts renewed certificates where they are used, and shows how all certificates in use stand.
     #[command(subcommand)]
     Certs(Certs),
+    /// Shows where keys from sequences could be handed out twice, and gives each node keys of its own.
+    #[command(subcommand)]
+    Sequences(Sequences),
+}
+
+/// The commands under `sequences`.
+#[derive(Debug, Subcommand)]
+pub enum Sequences {
+    /// Shows every sequence that gives keys, on all nodes: exit code 1 if two nodes can hand out the same key, or a node has
+    /// none left.
+    Check,
+    /// Gives each node every 16th value, another one each, past all that are in use; all nodes are down meanwhile, and as
+    /// before afterwards.
+    ///
+    /// Nodes that have values of their own keep them. Run again, it finishes what was cut off.
+    Stride {
+        /// For so many nodes there is room.
+        #[arg(long, value_name = "NUMBER", default_value_t = PLACES, value_parser = clap::value_parser!(i64).range(2..=65536))]
+        places: i64,
+        /// How long transactions under way may take to end, on each node.
+        #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+        timeout: Duration,
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// For tests: stop this process (SIGSTOP) before or after a step.
+        #[arg(long, value_name = "before:STEP|after:STEP", hide = true, value_parser = pause_at_stride)]
+        pause_at: Option<PauseAt>,
+    },
 }
 
 /// The commands under `certs`.
@@ -227,6 +257,8 @@ impl Command {
             Self::Conflicts(Conflicts::Skip { .. }) => "conflicts skip",
             Self::Certs(Certs::Deploy { .. }) => "certs deploy",
             Self::Certs(Certs::Check) => "certs check",
+            Self::Sequences(Sequences::Check) => "sequences check",
+            Self::Sequences(Sequences::Stride { .. }) => "sequences stride",
         }
     }
 }
@@ -296,6 +328,9 @@ pub struct Init {
     /// All nodes have the same rows already: compare them while nobody can write, and copy nothing.
     #[arg(long)]
     pub assume_identical: bool,
+    /// At the end, give each node keys of its own, as `sequences stride` does.
+    #[arg(long)]
+    pub stride: bool,
     /// How long nothing may move before it gives up.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = patience)]
     pub patience: Duration,
@@ -428,6 +463,10 @@ fn pause_at_hop(text: &str) -> Result<PauseAt, String> {
 
 fn pause_at_deploy(text: &str) -> Result<PauseAt, String> {
     PauseAt::parse(text, &DEPLOY_STEPS)
+}
+
+fn pause_at_stride(text: &str) -> Result<PauseAt, String> {
+    PauseAt::parse(text, &STRIDE_STEPS)
 }
 
 impl PauseAt {

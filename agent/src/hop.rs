@@ -27,7 +27,7 @@ pub struct Step {
 }
 
 /// All steps in their order. A step that has nothing to do in a particular hop is passed through, not left out.
-pub const TABLE: [Step; 10] = [
+pub const TABLE: [Step; 11] = [
     Step {
         name: "lock",
         does: "connect to every node and take its advisory lock",
@@ -57,6 +57,12 @@ pub const TABLE: [Step; 10] = [
         does: "wait until the target has applied every write of the closed nodes",
         undo: "nothing was changed",
         why_here: "after close, when no write can be added; before open, so that nobody reads or writes old data there",
+    },
+    Step {
+        name: "sequences",
+        does: "move the target's sequences past what the closed nodes have handed out",
+        undo: "none is needed: values are skipped, and none is handed out twice",
+        why_here: "after close, when the last values are final; before open, so that the first insert gets a new key",
     },
     Step {
         name: "open",

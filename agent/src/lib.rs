@@ -30,6 +30,7 @@
 //! watchdog.rs what is wrong with replication, without IO
 //! condition.rs the watchdog's vocabulary
 //! alarm.rs   what of it is said, and when, without IO
+//! sequences.rs who hands out which keys, without IO
 //! node.rs    the only file that opens a connection
 //! stop.rs    signals and the deadline
 //! quote.rs   names and values as SQL wants them
@@ -66,6 +67,7 @@ pub mod quote;
 pub mod renewal;
 pub mod resolve;
 pub mod resolver;
+pub mod sequences;
 pub mod setup;
 pub mod sight;
 pub mod sql;

@@ -11,6 +11,7 @@ macro_rules! queries {
 queries! {
     ACTIVATE = "activate.sql";
     ACTIVE = "active.sql";
+    ADVANCE_SEQUENCES = "advance_sequences.sql";
     APPLIED = "applied.sql";
     ASSIGN = "assign.sql";
     CERT_OWN = "cert_own.sql";
@@ -32,6 +33,7 @@ queries! {
     FILE_MISSING = "file_missing.sql";
     FLUSHED = "flushed.sql";
     GRANTS = "grants.sql";
+    HOP_CLOSE = "hop_close.sql";
     IDENTITY = "identity.sql";
     LOCK = "lock.sql";
     LOCK_HOLDER = "lock_holder.sql";
@@ -47,6 +49,7 @@ queries! {
     RESOLVE = "resolve.sql";
     SELF = "self.sql";
     SENDERS = "senders.sql";
+    SEQUENCES = "sequences.sql";
     SESSIONS = "sessions.sql";
     SETTLE = "settle.sql";
     SETUP_COPYING = "setup_copying.sql";
@@ -63,6 +66,7 @@ queries! {
     SET_HOP = "set_hop.sql";
     SKIP = "skip.sql";
     STATE = "state.sql";
+    STRIDE = "stride.sql";
     SUBSCRIPTIONS = "subscriptions.sql";
     SURVEY_CONNECTIONS = "survey_connections.sql";
     SURVEY_GRANTS = "survey_grants.sql";

@@ -27,6 +27,8 @@ use crate::stop::Limits;
 
 /// How long undoing may take on each node, after the deadline.
 const UNDO_BOUND: Duration = Duration::from_secs(10);
+/// How long moving the target's sequences may take: longer than the server itself waits for a lock there.
+const SEQUENCES_BOUND: Duration = Duration::from_secs(8);
 /// What was done in one step.
 #[derive(Debug, Clone, Serialize)]
 struct Done {
@@ -48,6 +50,8 @@ struct Run<'a> {
     clocks: BTreeMap<String, Clock>,
     /// Slot of the target's subscription on each source.
     slots: BTreeMap<String, String>,
+    /// What the sequences of each closed node hand out next, as JSON.
+    sequences: BTreeMap<String, String>,
     /// Whose transactions kept a node from closing.
     in_the_way: Vec<String>,
     /// When each node was closed or opened, by its own clock, in microseconds.
@@ -80,6 +84,7 @@ pub async fn run(context: &Context, options: &Options) -> Result<Reply, Failure>
         holding: false,
         clocks: BTreeMap::new(),
         slots: BTreeMap::new(),
+        sequences: BTreeMap::new(),
         in_the_way: Vec::new(),
         edges: BTreeMap::new(),
         began,
@@ -265,11 +270,12 @@ impl Run<'_> {
                 self.slots.insert(name.clone(), slot);
             }
             let session = self.crew.session(name)?;
-            session.prepare(sql::DOWN, LOOK_BOUND).await?;
+            session.prepare(sql::HOP_CLOSE, LOOK_BOUND).await?;
             session.prepare(sql::DRAIN, LOOK_BOUND).await?;
         }
         let session = self.crew.session(target)?;
         session.prepare(sql::UP, LOOK_BOUND).await?;
+        session.prepare(sql::ADVANCE_SEQUENCES, LOOK_BOUND).await?;
         session.prepare(sql::APPLIED, LOOK_BOUND).await?;
         for name in facts.keys() {
             let clock = Clock::measure(self.crew.session(name)?, LOOK_BOUND).await?;
@@ -410,6 +416,15 @@ impl Run<'_> {
         }
         self.end("drain");
 
+        self.begin("sequences");
+        if hop.stage() == Stage::Open
+            && let Err(why) = self.advance_sequences(&plan.target).await
+        {
+            hop.stop();
+            return Err(why);
+        }
+        self.end("sequences");
+
         self.begin("open");
         if hop.stage() == Stage::Open {
             self.open(hop).await?;
@@ -436,21 +451,23 @@ impl Run<'_> {
     async fn approach(&mut self, target: &str, others: &[String]) -> Result<(), String> {
         for node in others {
             let session = self.crew.session(node).map_err(|error| error.to_string())?;
+            let mut sequences = None;
             let work = async {
                 let state = facts::state(session, LOOK_BOUND).await?;
                 let position: PgLsn = if state.is_up() {
                     session.row(sql::POSITION, &[], LOOK_BOUND).await?.get("lsn")
                 } else {
                     // Down already: returns at once, with a position past every write.
-                    session
-                        .row(sql::DOWN, &[&None::<String>, &1.0_f64, &false, &None::<String>], LOOK_BOUND)
-                        .await?
-                        .get("lsn")
+                    let row = session
+                        .row(sql::HOP_CLOSE, &[&None::<String>, &1.0_f64, &false, &None::<String>], LOOK_BOUND)
+                        .await?;
+                    sequences = Some(row.get("sequences"));
+                    row.get("lsn")
                 };
                 self.wait_applied(node, target, position, false).await
             };
             match self.limits.run(work).await {
-                Ok(Ok(_)) => {}
+                Ok(Ok(_)) => self.sequences.extend(sequences.map(|sequences| (node.clone(), sequences))),
                 Ok(Err(error)) => return Err(error.to_string()),
                 Err(halt) => {
                     return Err(format!("{halt} while the target was still catching up with {node}"));
@@ -502,17 +519,17 @@ impl Run<'_> {
             notes.push(Some(serde_json::to_string(&source.note).map_err(|error| error.to_string())?));
         }
         hop.closing();
-        let answers: RefCell<Vec<Option<Result<PgLsn, NodeError>>>> = RefCell::new(vec![None; notes.len()]);
+        let answers: RefCell<Vec<Option<Result<(PgLsn, String), NodeError>>>> = RefCell::new(vec![None; notes.len()]);
         let calls = plan.sources.iter().zip(&notes).enumerate().map(async |(index, (source, note))| {
             let answer = match self.crew.session(&source.node) {
                 Ok(session) => session
                     .row(
-                        sql::DOWN,
+                        sql::HOP_CLOSE,
                         &[&Some(reason.as_str()), &patience.as_secs_f64(), &self.options.terminate, note],
                         patience + Duration::from_secs(2),
                     )
                     .await
-                    .map(|row| row.get("lsn")),
+                    .map(|row| (row.get("lsn"), row.get("sequences"))),
                 Err(error) => Err(error),
             };
             answers.borrow_mut()[index] = Some(answer);
@@ -523,8 +540,9 @@ impl Run<'_> {
         let mut flaws = Vec::new();
         for (source, answer) in plan.sources.iter().zip(answers.into_inner()) {
             let effect = match answer {
-                Some(Ok(position)) => {
+                Some(Ok((position, sequences))) => {
                     positions.insert(source.node.clone(), position);
+                    self.sequences.insert(source.node.clone(), sequences);
                     Effect::Done
                 }
                 Some(Err(error)) => {
@@ -570,6 +588,28 @@ impl Run<'_> {
                 Err(halt) => return Err(format!("{error}; {halt} before it came back")),
             }
         }
+    }
+
+    /// Also with the target open already: what others have handed out, it must not.
+    async fn advance_sequences(&mut self, target: &str) -> Result<(), String> {
+        // Where there are none, no round trip while writes are refused.
+        let positions: Vec<&str> =
+            self.sequences.values().map(String::as_str).filter(|positions| *positions != "{}").collect();
+        if positions.is_empty() {
+            return Ok(());
+        }
+        let positions = format!("[{}]", positions.join(","));
+        let session = self.crew.session(target).map_err(|error| error.to_string())?;
+        let params: Params<'_> = &[&positions];
+        let moved: Vec<String> =
+            match self.limits.run(session.row(sql::ADVANCE_SEQUENCES, params, SEQUENCES_BOUND)).await {
+                Ok(answer) => answer.map_err(|error| error.to_string())?.get("moved"),
+                Err(halt) => return Err(format!("{halt} while moving the target's sequences")),
+            };
+        if !moved.is_empty() {
+            self.note("sequences", format!("{} moved past what was handed out", moved.join(", ")));
+        }
+        Ok(())
     }
 
     async fn open(&mut self, hop: &mut Hop) -> Result<(), String> {

@@ -28,6 +28,7 @@ use crate::sql;
 use crate::survey::{self, Survey, Table};
 
 use super::progress::Progress;
+use super::sequences;
 
 /// How long transactions that write may take to end on a node that is taken down.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -63,12 +64,16 @@ pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
         closed: BTreeSet::new(),
         proof: Vec::new(),
     };
-    let plan = work.look().await?;
+    let (plan, colliding) = work.look().await?;
     if plan.steps.is_empty() {
         let json = json!({"command": "init", "outcome": "nothing_to_do", "steps": []});
-        return Ok(Reply::done("nothing to do: the nodes replicate to each other as configured", json));
+        let reply = Reply::done("nothing to do: the nodes replicate to each other as configured", json);
+        return with_keys(work, reply, &colliding).await;
     }
-    let text = admin::by_node(plan.steps.iter().map(Step::lines));
+    let mut text = admin::by_node(plan.steps.iter().map(Step::lines));
+    if let Some(more) = about_keys(&colliding, options.stride) {
+        text = format!("{}\n{more}", text.trim_end());
+    }
     if options.dry_run {
         let json = json!({"command": "init", "outcome": "dry_run", "plan": plan});
         return Ok(Reply::done(text, json));
@@ -92,10 +97,41 @@ pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
                 "proof": work.proof.iter().map(Proof::json).collect::<Vec<_>>(),
                 "seconds": began.elapsed().as_secs_f64(),
             });
-            Ok(Reply::done(text, json))
+            with_keys(work, Reply::done(text, json), &colliding).await
         }
         Err(failure) => Err(work.stands(failure, &plan)),
     }
+}
+
+/// What is said of keys that come from sequences, and from the same ones on all nodes.
+fn about_keys(columns: &BTreeSet<String>, stride: bool) -> Option<String> {
+    if columns.is_empty() {
+        return None;
+    }
+    let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
+    let then = if stride {
+        "they get strides at the end"
+    } else {
+        "`init --stride` or `sequences stride` gives each node its own"
+    };
+    Some(format!("keys that two nodes would hand out both: {}; {then}", columns.join(", ")))
+}
+
+/// The end of init: strides for sequences, or what to do about them.
+async fn with_keys(work: Work<'_>, mut reply: Reply, colliding: &BTreeSet<String>) -> Result<Reply, Failure> {
+    let Work { context, options, crew, .. } = work;
+    reply.json["colliding_keys"] = json!(colliding);
+    if options.stride && !options.dry_run {
+        let strided = sequences::stride(context, crew, &sequences::Wish::default()).await.map_err(|mut failure| {
+            failure.message = format!("the nodes replicate to each other, but their sequences: {}", failure.message);
+            failure
+        })?;
+        reply.text = format!("{}\n{}", reply.text, strided.text);
+        reply.json["stride"] = strided.json;
+    } else if let Some(more) = about_keys(colliding, options.stride) {
+        reply.text = format!("{}\n{more}", reply.text);
+    }
+    Ok(reply)
 }
 
 /// A row, or a position, that has gone from one node to another.
@@ -157,7 +193,8 @@ impl<'a> Work<'a> {
 
     // ---- looking ----
 
-    async fn look(&self) -> Result<Plan, Failure> {
+    /// The plan; and the columns whose keys two nodes would hand out both.
+    async fn look(&self) -> Result<(Plan, BTreeSet<String>), Failure> {
         let config = &self.context.config;
         let mut surveys: BTreeMap<String, Survey> = BTreeMap::new();
         let mut places = BTreeMap::new();
@@ -192,7 +229,9 @@ impl<'a> Work<'a> {
                 self.count(&node, seen).await?;
             }
         }
-        setup::plan(config, &nodes, &findings, &wish).map_err(refused)
+        let colliding =
+            findings.iter().filter(|f| f.subject == "sequence_key").filter_map(|f| f.about.clone()).collect();
+        Ok((setup::plan(config, &nodes, &findings, &wish).map_err(refused)?, colliding))
     }
 
     /// Counts the rows of a node.

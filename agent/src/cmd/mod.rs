@@ -28,6 +28,7 @@ pub mod hop;
 pub mod init;
 mod progress;
 pub mod refresh;
+pub mod sequences;
 pub mod set_connection;
 pub mod status;
 pub mod up;
@@ -152,6 +153,7 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Refresh { dry_run } => refresh::run(&context, *dry_run).await,
         Command::Conflicts(verb) => conflicts::run(&context, verb).await,
         Command::Certs(_) => Ok(certs::check(&context).await),
+        Command::Sequences(verb) => sequences::run(&context, verb).await,
     };
     context.connector.farewell().await;
     result

@@ -23,6 +23,7 @@ mod resolving;
 mod rules;
 mod runs;
 mod scenarios;
+mod sequences;
 mod setup;
 mod testme;
 mod watch;
