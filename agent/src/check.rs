@@ -1601,7 +1601,6 @@ mod tests {
     use crate::config::Environment;
     use crate::hba::tests::rule;
     use crate::survey::{About, Identity, Publication, Role, Setting, Slot};
-    use proptest::prelude::*;
 
     fn config(change: impl Fn(String) -> String) -> Config {
         let text = r#"

@@ -987,7 +987,10 @@ async fn take(session: &Session, step: &Step, by_whom: &str) -> Result<Answer, N
                 rows.collect::<Result<_, _>>().map_err(|error| refused(format!("row not understood: {error}")))?;
             Ok(Answer { rows, ..Answer::default() })
         }
-        Step::Resolve { id, keep, .. } => session.row(sql::RESOLVE, &[id, &keep.word()], STEP_BOUND).await.map(said),
+        Step::Resolve { id, keep, .. } => {
+            let done = session.rows(sql::RESOLVE, &[id, &keep.word()], STEP_BOUND).await?.pop();
+            Ok(done.map_or_else(|| Answer { idle: true, ..Answer::default() }, said))
+        }
         Step::Skip { id, .. } => session.row(sql::SKIP, &[id], STEP_BOUND).await.map(said),
         Step::Assign { rows, .. } => {
             let changes = json!(rows).to_string();
