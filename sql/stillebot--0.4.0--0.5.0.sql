@@ -10,12 +10,12 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    next numeric := pg_sequence_last_value(sequence)::numeric + increment;
+    upcoming numeric := pg_sequence_last_value(sequence)::numeric + increment;
 begin
-    if next is null then -- Not called yet: where setval() or ALTER SEQUENCE .. RESTART put it.
-        execute format('select last_value from %s', sequence::regclass) into next;
+    if upcoming is null then -- Not called yet: where setval() or ALTER SEQUENCE .. RESTART put it.
+        execute format('select last_value from %s', sequence::regclass) into upcoming;
     end if;
-    return next;
+    return upcoming;
 end $$;
 revoke execute on function multihome.next_value(oid, bigint) from public;
 comment on function multihome.next_value(oid, bigint) is 'What a sequence with that increment hands out next; beyond its bounds if it is exhausted.';
@@ -43,7 +43,7 @@ set lock_timeout = '5s'
 as $$
 declare
     entry record;
-    next numeric;
+    upcoming numeric;
     moved text[] := '{}';
     quiet boolean := multihome.state() ->> 'state' = 'down';
 begin
@@ -53,25 +53,25 @@ begin
     for entry in
         select q.seqrelid as sequence, q.seqincrement as increment, q.seqcache as cache, q.seqmin as least, q.seqmax as most, p.name,
                case when q.seqincrement > 0 then p.highest else p.lowest end as reached
-          from (select key as name, max(value::numeric) as highest, min(value::numeric) as lowest
-                  from jsonb_array_elements(positions) as node cross join jsonb_each_text(node)
-                 group by key) as p
+          from (select one.key as name, max(one.value::numeric) as highest, min(one.value::numeric) as lowest
+                  from jsonb_array_elements(positions) as node (told) cross join jsonb_each_text(node.told) as one
+                 group by one.key) as p
           join pg_sequence q on q.seqrelid = to_regclass(p.name)
          where not q.seqcycle
          order by p.name
     loop
-        next := multihome.next_value(entry.sequence, entry.increment);
-        continue when (entry.reached - next) * entry.increment <= 0;
+        upcoming := multihome.next_value(entry.sequence, entry.increment);
+        continue when (entry.reached - upcoming) * entry.increment <= 0;
         -- Takes the lock that nextval() waits for, and makes sessions forget what they keep in CACHE.
         if entry.cache > 1 or not quiet then
             execute format('alter sequence %s increment by %s', entry.sequence::regclass, entry.increment);
-            next := multihome.next_value(entry.sequence, entry.increment);
-            continue when (entry.reached - next) * entry.increment <= 0;
+            upcoming := multihome.next_value(entry.sequence, entry.increment);
+            continue when (entry.reached - upcoming) * entry.increment <= 0;
         end if;
         -- Whole steps only: where nodes have strides, each keeps its residue.
-        next := next + entry.increment * ceil((entry.reached - next) / entry.increment);
-        if next between entry.least and entry.most then
-            perform setval(entry.sequence, next::bigint, false);
+        upcoming := upcoming + entry.increment * ceil((entry.reached - upcoming) / entry.increment);
+        if upcoming between entry.least and entry.most then
+            perform setval(entry.sequence, upcoming::bigint, false);
         else -- Nothing is left there that was not handed out elsewhere.
             perform setval(entry.sequence, case when entry.increment > 0 then entry.most else entry.least end, true);
         end if;
