@@ -29,6 +29,9 @@ use crate::stop::Limits;
 const UNDO_BOUND: Duration = Duration::from_secs(10);
 /// How long moving the target's sequences may take: longer than the server itself waits for a lock there.
 const SEQUENCES_BOUND: Duration = Duration::from_secs(8);
+/// What a node says that was closed: its last position, and what its sequences hand out next.
+type Closed = Result<(PgLsn, String), NodeError>;
+
 /// What was done in one step.
 #[derive(Debug, Clone, Serialize)]
 struct Done {
@@ -519,7 +522,7 @@ impl Run<'_> {
             notes.push(Some(serde_json::to_string(&source.note).map_err(|error| error.to_string())?));
         }
         hop.closing();
-        let answers: RefCell<Vec<Option<Result<(PgLsn, String), NodeError>>>> = RefCell::new(vec![None; notes.len()]);
+        let answers: RefCell<Vec<Option<Closed>>> = RefCell::new(vec![None; notes.len()]);
         let calls = plan.sources.iter().zip(&notes).enumerate().map(async |(index, (source, note))| {
             let answer = match self.crew.session(&source.node) {
                 Ok(session) => session
