@@ -186,3 +186,82 @@ revoke execute on function multihome.stride(jsonb) from public;
 comment on function multihome.stride(jsonb) is
 'Gives sequences other increments, on this node and while it is down: an array of objects with name, increment, start (where TRUNCATE .. RESTART IDENTITY begins again) and next (the value to come, never one
 that was handed out). All of them or none.';
+
+-- The maintenance window.
+
+create function multihome.open_window(role name, length interval) returns void
+language c volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as 'MODULE_PATHNAME', 'multihome_open_window_wrapper';
+revoke execute on function multihome.open_window(name, interval) from public;
+comment on function multihome.open_window(name, interval) is
+'Opens a maintenance window in this database, which is down and stays so: for that long, at most 24 hours, sessions that logged in as role may write, and nobody else, superusers included.
+It ends with multihome.close_window(), with the session that calls this, at its deadline, or with a restart. What a transaction of the role has not committed by then is not committed.';
+
+create function multihome.close_window(timeout interval default '5 s') returns pg_lsn
+language c volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as 'MODULE_PATHNAME', 'multihome_close_window_wrapper';
+revoke execute on function multihome.close_window(interval) from public;
+comment on function multihome.close_window(interval) is
+'Closes the maintenance window of this database and returns an LSN past everything that was committed in it. Nothing of it can be committed afterwards: transactions under way have that long
+to end, and then their sessions are ended. Refused while there are prepared transactions. When none is open: returns the LSN all the same.';
+
+create or replace function public.stillebot_status(
+    out node text,
+    out state text,
+    out since timestamptz,
+    out by_whom text,
+    out reason text,
+    out writers integer,
+    out lsn pg_lsn,
+    out open_conflicts bigint,
+    out subscriptions integer,
+    out subscriptions_enabled integer,
+    out subscriptions_working integer,
+    out subscription_lag interval,
+    out events_dropped bigint,
+    out faults text[],
+    out warnings text[]
+)
+language sql volatile parallel restricted
+begin atomic
+    select s.state ->> 'node',
+           s.state ->> 'state',
+           (s.state ->> 'since')::timestamptz,
+           s.state ->> 'by',
+           case when s.state ->> 'state' = 'maintenance'
+                then format('maintenance window for %s until %s, opened by %s (process %s)%s',
+                            s.state #>> '{window,role}', (s.state #>> '{window,until}')::timestamptz, s.state #>> '{window,by}', s.state #>> '{window,pid}',
+                            '; down before: ' || (s.state ->> 'reason'))
+                else s.state ->> 'reason' end,
+           (s.state ->> 'writers')::integer,
+           case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end,
+           h.open_conflicts,
+           sub.subscriptions,
+           sub.enabled,
+           sub.working,
+           sub.lag,
+           multihome.dropped(),
+           h.faults,
+           h.warnings
+      from (select multihome.state()) as s (state),
+           multihome.health() as h,
+           (select count(*)::integer,
+                   count(*) filter (where pg_subscription.subenabled)::integer,
+                   count(worker.pid)::integer,
+                   max(clock_timestamp() - worker.last_msg_receipt_time)
+              from pg_subscription
+              join pg_database on pg_database.oid = pg_subscription.subdbid
+              left join pg_stat_subscription as worker
+                     on worker.subid = pg_subscription.oid and worker.relid is null and worker.leader_pid is null
+             where pg_database.datname = current_database()) as sub (subscriptions, enabled, working, lag);
+end;
+comment on function public.stillebot_status() is
+'One row on this database. node: the setting stillebot.node. state: up, down, or maintenance (down, with a window for one role: reason says for whom and until when); since when it is up or down, by whom and why. writers: transactions that could write, now.
+lsn: the current WAL position. subscriptions: how many there are, are enabled, and have a running apply worker. subscription_lag: the longest time since such a worker
+heard from its peer (an idle peer speaks every half wal_sender_timeout). open_conflicts: open rows of multihome.conflicts. events_dropped: events that could not be recorded since the server started.
+faults: troubles that are no fault of the data and have not ended, see multihome.faults. warnings: what about the subscriptions should be changed, and how.';
+
+comment on function multihome.state() is
+'The state of this database for programs: node, state (up, down, maintenance), since, by, reason, sole, rejoin, hop, window (role, until, by, pid), writers; stillebot_status() explains them.';

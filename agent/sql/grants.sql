@@ -11,6 +11,8 @@ grant execute on function multihome.sequences() to {role};
 grant execute on function multihome.sequence_positions() to {role};
 grant execute on function multihome.advance_sequences(jsonb) to {role};
 grant execute on function multihome.stride(jsonb) to {role};
+grant execute on function multihome.open_window(name, interval) to {role};
+grant execute on function multihome.close_window(interval) to {role};
 grant execute on function public.stillebot_skip(bigint) to {role};
 grant execute on function public.stillebot_resolve(bigint, text) to {role};
 grant execute on function multihome.conflict_changes(bigint) to {role};

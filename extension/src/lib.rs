@@ -2,7 +2,7 @@
 //! conflict and error of logical replication in a table.
 //!
 //! `_PG_init` below is the table of contents. SQL objects are declared by hand in `sql/`; each C function there is a
-//! `#[pg_extern(sql = false)]` of verbs.rs, node.rs or conflicts.rs.
+//! `#[pg_extern(sql = false)]` of verbs.rs, window.rs, node.rs or conflicts.rs.
 
 mod apply_log;
 mod catalog;
@@ -22,6 +22,7 @@ mod state;
 mod subscription;
 mod tap;
 mod verbs;
+mod window;
 
 pgrx::pg_module_magic!();
 
@@ -36,6 +37,7 @@ pub extern "C-unwind" fn _PG_init() {
     guc::init();
     shmem::init();
     readonly::init();
+    window::init();
     local::init();
     tap::init();
     apply_log::init();

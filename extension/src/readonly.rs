@@ -17,7 +17,7 @@ use pgrx::pg_sys;
 
 use crate::shmem::{self, Backend, Database, Effect, Gate};
 use crate::state::{Mode, State};
-use crate::{catalog, collector, compat, guc, local, node, subscription};
+use crate::{catalog, collector, compat, guc, local, node, subscription, window};
 
 static mut PREVIOUS_EXECUTOR_START: pg_sys::ExecutorStart_hook_type = None;
 static mut PREVIOUS_PROCESS_UTILITY: pg_sys::ProcessUtility_hook_type = None;
@@ -96,13 +96,15 @@ fn enter(effect: Effect) -> bool {
         return without_a_slot();
     };
     // SAFETY: backend-local.
-    let fresh =
-        effect != Effect::Nothing && !unsafe { pg_sys::XactReadOnly } && backend.note(compat::my_local_xid(), effect);
+    let marks = effect != Effect::Nothing && !unsafe { pg_sys::XactReadOnly };
+    let fresh = marks && backend.note(compat::my_local_xid(), effect);
     match database.gate() {
         Gate::Open => false,
         Gate::Unknown => resolve(database) && refuse(backend, fresh),
         Gate::Draining | Gate::Severing => refuse(backend, fresh),
-        Gate::Closed => refuse(backend, true),
+        Gate::Closed if window::lets_in(database, marks) => false,
+        // What was let in may run below us, as in a drain: the mark is for who shuts the window.
+        Gate::Closed => refuse(backend, !window::has_let_in()),
     }
 }
 
@@ -512,6 +514,9 @@ unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _a
     }
 }
 
+/// What a maintenance window let in commits in that window or not at all, whatever has become of the database: window.rs says
+/// why that is enough.
+///
 /// Once the drain is over, a transaction with an id must not commit if it could write before the edge, or is not
 /// read-only now: what writes while the database is closed (temporary tables, maintenance) has one of the hooks before it.
 ///
@@ -522,14 +527,18 @@ unsafe fn refuse_to_commit_past_the_edge() {
         return;
     }
     let (Some(database), Some(backend)) = (shmem::my_database(), shmem::my_backend()) else { return };
-    if !matches!(database.gate(), Gate::Severing | Gate::Closed) {
+    if !window::has_let_in() && !matches!(database.gate(), Gate::Severing | Gate::Closed) {
         return;
     }
     // SAFETY: reads state of the backend; may raise, as the event allows.
     unsafe {
         let could_write = backend.effect_of(compat::my_local_xid()) != Effect::Nothing || !pg_sys::XactReadOnly;
         if could_write && compat::GetTopTransactionIdIfAny() != pg_sys::InvalidTransactionId {
-            refuse_command(c"COMMIT", hint_at_state);
+            // A transaction within a command, as of CREATE INDEX CONCURRENTLY, has met no hook that marked it.
+            backend.note(compat::my_local_xid(), Effect::Writes);
+            if !window::lets_in(database, true) {
+                refuse_command(c"COMMIT", hint_at_state);
+            }
         }
     }
 }
@@ -615,7 +624,12 @@ unsafe extern "C-unwind" fn hint_at_sole(_argument: *mut c_void) {
 /// The part that owns memory, and so must not raise. Leaves at least one NUL byte at the end.
 fn copy_hint(buffer: &mut [u8; 1024]) {
     let text = shmem::my_database().and_then(Database::text);
-    let hint = compat::in_server_encoding(text.map_or_else(guc::session_state, |text| State::parse(&text)).hint());
+    let hint = if window::has_let_in() {
+        "The maintenance window that this transaction began in is over. Open one again, and begin anew.".to_owned()
+    } else {
+        text.map_or_else(guc::session_state, |text| State::parse(&text)).hint()
+    };
+    let hint = compat::in_server_encoding(hint);
     let mut length = hint.len().min(buffer.len() - 1);
     while !hint.is_char_boundary(length) {
         length -= 1;

@@ -1,5 +1,5 @@
 //! Shared memory: the only file that knows its layout. What all backends of a server must agree on at once:
-//! the state of each database, for each backend whether its transaction could still write, the queues through which
+//! the state of each database and its maintenance window, for each backend whether its transaction could still write, the queues through which
 //! replication workers report, and the changes that they were told to leave out.
 //!
 //! Everything here is atomic and nothing locks: these words are read before every statement, and while an ERROR is
@@ -7,7 +7,7 @@
 
 use std::ptr::null_mut;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
 use pgrx::pg_sys;
 
@@ -51,7 +51,27 @@ pub struct Database {
     gate: AtomicU32,
     version: AtomicU32,
     length: AtomicU32,
+    /// `role << 32 | serial` of the maintenance window, role 0 when it is shut: one word, so that whoever looks at it is let
+    /// in by one window or by none. What follows was written before it.
+    window: AtomicU64,
+    until: AtomicI64,
+    holder: AtomicI32,
+    by: AtomicU32,
     text: [AtomicU8; MAX_STATE],
+}
+
+/// The maintenance window of a database: who may write although it is down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Counted since the server started.
+    pub serial: u32,
+    /// The oid of the role that may; 0 when the window is shut.
+    pub role: u32,
+    /// Its deadline, as a timestamptz.
+    pub until: i64,
+    /// The process that holds it open, and the oid of its user.
+    pub holder: i32,
+    pub by: u32,
 }
 
 /// One backend, on a cache line of its own: written before every statement.
@@ -282,6 +302,36 @@ impl Database {
         self.version.store(version.wrapping_add(2), Ordering::Release);
         fence(Ordering::SeqCst);
         decided.is_some()
+    }
+
+    #[inline]
+    pub fn window(&self) -> Window {
+        let word = self.window.load(Ordering::Acquire);
+        Window {
+            serial: word as u32,
+            role: (word >> 32) as u32,
+            until: self.until.load(Ordering::Relaxed),
+            holder: self.holder.load(Ordering::Relaxed),
+            by: self.by.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Opens a window; its serial is found here. The caller holds the extension's lock.
+    pub fn open_window(&self, window: Window) {
+        self.until.store(window.until, Ordering::Relaxed);
+        self.holder.store(window.holder, Ordering::Relaxed);
+        self.by.store(window.by, Ordering::Relaxed);
+        let serial = (self.window.load(Ordering::Relaxed) as u32).wrapping_add(1);
+        self.window.store(u64::from(window.role) << 32 | u64::from(serial), Ordering::SeqCst);
+    }
+
+    /// Shuts that window, if it is not shut yet, and makes sure that whoever starts a statement, or comes to its commit, from
+    /// now on sees it so. The fence pairs with the one in [`Backend::note`].
+    pub fn shut_window(&self, window: Window) {
+        let word = u64::from(window.role) << 32 | u64::from(window.serial);
+        let shut = u64::from(window.serial);
+        let _ = self.window.compare_exchange(word, shut, Ordering::SeqCst, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
     }
 
     /// The text, unless writers got in the way again and again. Never waits: an ERROR may be under way.
@@ -585,6 +635,20 @@ mod tests {
         database.set(Gate::Closed, "down");
         database.publish(Gate::Open, "later still");
         assert_eq!((database.gate(), database.text().as_deref()), (Gate::Closed, Some("down")));
+    }
+
+    #[test]
+    fn a_window_is_shut_by_who_means_that_one() {
+        let database = zeroed::<Database>();
+        let open = |role| database.open_window(Window { serial: 0, role, until: 7, holder: 8, by: 9 });
+        open(5);
+        let first = database.window();
+        assert_eq!(first, Window { serial: 1, role: 5, until: 7, holder: 8, by: 9 });
+        database.shut_window(first);
+        assert_eq!(database.window().role, 0);
+        open(6);
+        database.shut_window(first);
+        assert_eq!((database.window().role, database.window().serial), (6, 2));
     }
 
     proptest! {

@@ -12,7 +12,7 @@ use pgrx::{JsonB, pg_sys};
 use crate::readonly::{Pending, settle_at_end, write_no_more};
 use crate::shmem::{self, Database, Effect, Gate, MAX_STATE};
 use crate::state::{Mode, State, ascii};
-use crate::{catalog, compat, guc, node};
+use crate::{catalog, compat, guc, node, window};
 
 /// How long terminated sessions get to end, past the timeout of the call.
 const TERMINATION_GRACE: Duration = Duration::from_secs(10);
@@ -70,9 +70,10 @@ fn multihome_state() -> Option<pgrx::datum::AnyElement> {
         _ => State::parse(&text),
     };
     let writers = writers().len();
+    let window = window::described(database);
     let json = serde_json::json!({
         "node": node::name(),
-        "state": state.state,
+        "state": if window.is_some() { serde_json::json!("maintenance") } else { serde_json::json!(state.state) },
         "since": state.since.map(|at| humantime::format_rfc3339_micros(at).to_string()),
         "by": state.by,
         "reason": state.reason,
@@ -80,6 +81,7 @@ fn multihome_state() -> Option<pgrx::datum::AnyElement> {
         "rejoin": state.rejoin,
         "foreign": state.foreign,
         "hop": state.hop,
+        "window": window,
         "writers": writers,
     });
     jsonb(&json)
@@ -132,7 +134,11 @@ fn take_down(
     let terminate = not_null("terminate", terminate);
     let call = Call::begin(verb, Some(deadline));
     let before = call.state();
+    window::require_shut(call.database, verb);
     if before.state == Mode::Down && !before.rejoin {
+        if window::was_ever_open(call.database) {
+            drain(call.database, Aim::Down, deadline, terminate); // What the last one let in may be at its commit.
+        }
         if hop.is_some() {
             refuse_foreign(&before, "take part in a hop");
             call.record(&State { hop, ..before });
@@ -153,7 +159,7 @@ fn take_down(
     if call.database.gate() == Gate::Open {
         // The edge. Refused writers read who is at it, although the record says up until the transaction commits.
         call.database.set(Gate::Draining, &down.to_json());
-        drain(call.database, deadline, terminate);
+        drain(call.database, Aim::Down, deadline, terminate);
     }
     catalog::record(catalog::READ_ONLY, Some("on")); // First: see assign_state() in guc.rs.
     catalog::record(catalog::STATE, down.setting().as_deref());
@@ -163,8 +169,15 @@ fn take_down(
     mark_the_edge()
 }
 
+/// What a drain is for, as its error says.
+#[derive(Clone, Copy)]
+pub enum Aim {
+    Down,
+    ShutWindow,
+}
+
 /// Waits until nobody can write any more, or raises.
-fn drain(database: &Database, deadline: Instant, terminate: bool) {
+pub fn drain(database: &Database, aim: Aim, deadline: Instant, terminate: bool) {
     let mut terminated = Vec::new();
     let mut until = deadline;
     let mut polls = 0;
@@ -177,10 +190,12 @@ fn drain(database: &Database, deadline: Instant, terminate: bool) {
             let sessions: Vec<i32> = in_the_way.iter().filter_map(|writer| writer.pid).collect();
             let prepared = sessions.len() < in_the_way.len();
             if !terminate || prepared || !terminated.is_empty() {
-                refuse_to_go_down(&sessions, prepared, !terminated.is_empty());
+                refuse_to_drain(aim, &sessions, prepared, !terminated.is_empty());
             }
-            // From here on they cannot commit, whatever comes first, their end or the signal.
-            database.move_gate(Gate::Severing);
+            // From here on they cannot commit, whatever comes first, their end or the signal. (Once closed, they cannot anyway.)
+            if database.gate() == Gate::Draining {
+                database.move_gate(Gate::Severing);
+            }
             for &pid in &sessions {
                 compat::terminate(pid);
             }
@@ -195,7 +210,7 @@ fn drain(database: &Database, deadline: Instant, terminate: bool) {
 
 /// Prepared transactions of this database, but for those of its two-phase subscriptions: they are replication's
 /// business, and end by replication.
-const PREPARED: &str = "pg_catalog.pg_prepared_xacts
+pub const PREPARED: &str = "pg_catalog.pg_prepared_xacts
      where database = current_database()
        and not exists (select from pg_catalog.pg_subscription s join pg_catalog.pg_database d on d.oid = s.subdbid
                         where d.datname = current_database() and s.subtwophasestate <> 'd'
@@ -255,7 +270,7 @@ pub fn lines(query: &str, arguments: &[pgrx::datum::DatumWithOid]) -> Vec<String
 }
 
 /// Raises, naming who is in the way.
-fn refuse_to_go_down(sessions: &[i32], prepared: bool, terminated: bool) -> ! {
+fn refuse_to_drain(aim: Aim, sessions: &[i32], prepared: bool, terminated: bool) -> ! {
     // Not what they run: statements hold data and passwords.
     let mut who = lines(
         "select format('process %s: user %s, application \"%s\", client %s, %s, transaction open for %s s',
@@ -274,6 +289,9 @@ fn refuse_to_go_down(sessions: &[i32], prepared: bool, terminated: bool) -> ! {
         ));
     }
     let hint = match (prepared, terminated) {
+        (true, _) if matches!(aim, Aim::ShutWindow) => {
+            "End prepared transactions with COMMIT PREPARED, in a window, or ROLLBACK PREPARED."
+        }
         (true, _) => {
             "End prepared transactions with COMMIT PREPARED or ROLLBACK PREPARED: they were promised to somebody, so terminate does not end them."
         }
@@ -282,7 +300,10 @@ fn refuse_to_go_down(sessions: &[i32], prepared: bool, terminated: bool) -> ! {
     };
     fail(
         PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
-        "cannot take the database down: transactions that could write are still open",
+        match aim {
+            Aim::Down => "cannot take the database down: transactions that could write are still open",
+            Aim::ShutWindow => "cannot close the maintenance window: transactions that could write are still open",
+        },
         Some(&who.join("\n")),
         hint,
     )
@@ -292,7 +313,7 @@ fn refuse_to_go_down(sessions: &[i32], prepared: bool, terminated: bool) -> ! {
 ///
 /// A record of our own, and not just the current position: that may lie past a page header, where a walsender only
 /// arrives with the next record, and on a database that is down none need come.
-fn mark_the_edge() -> i64 {
+pub fn mark_the_edge() -> i64 {
     let edge = compat::log_marker();
     // SAFETY: a position that the WAL has reached.
     unsafe { pg_sys::XLogFlush(edge) };
@@ -305,6 +326,7 @@ fn open(verb: &str, sole: bool) {
     let call = Call::begin(verb, None);
     let before = call.state();
     refuse_foreign(&before, "be brought up");
+    window::require_shut(call.database, verb);
     // A database whose record says nothing may still have what a hand-made "down" left behind.
     // SAFETY: a transaction is in progress, this one.
     let marked = unsafe { !catalog::recorded(pg_sys::MyDatabaseId, catalog::READ_ONLY).is_null() };
@@ -341,6 +363,20 @@ impl Call {
         write_no_more();
         lock(verb, pg_sys::ShareUpdateExclusiveLock as i32, deadline);
         Call { database }
+    }
+
+    /// Refuses unless the database is down, now and after a restart.
+    pub fn require_down(&self, deed: &str) {
+        let state = self.state();
+        refuse_foreign(&state, deed);
+        if state.state != Mode::Down || state.rejoin {
+            fail(
+                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                &format!("this database cannot {deed}: it is not down"),
+                None,
+                "Take it down first: SELECT stillebot_down().",
+            );
+        }
     }
 
     pub fn database(&self) -> &'static Database {
@@ -488,7 +524,7 @@ pub fn session_user() -> String {
     }
 }
 
-fn duration(timeout: Interval) -> Duration {
+pub fn duration(timeout: Interval) -> Duration {
     let day = 24 * 60 * 60 * 1_000_000i128;
     let micros = i128::from(timeout.micros()) + day * (i128::from(timeout.days()) + 30 * i128::from(timeout.months()));
     if micros < 0 {

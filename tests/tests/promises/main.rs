@@ -27,6 +27,7 @@ mod sequences;
 mod setup;
 mod testme;
 mod watch;
+mod window;
 
 /// How long to wait for what should happen at once: long, because a loaded machine is not a failure.
 const PATIENCE: Duration = Duration::from_secs(30);
