@@ -196,6 +196,7 @@ as 'MODULE_PATHNAME', 'multihome_open_window_wrapper';
 revoke execute on function multihome.open_window(name, interval) from public;
 comment on function multihome.open_window(name, interval) is
 'Opens a maintenance window in this database, which is down and stays so: for that long, at most 24 hours, sessions that logged in as role may write, and nobody else, superusers included.
+What they write stays on this node, so it has to be done on every node.
 It ends with multihome.close_window(), with the session that calls this, at its deadline, or with a restart. What a transaction of the role has not committed by then is not committed.';
 
 create function multihome.close_window(timeout interval default '5 s') returns pg_lsn
@@ -265,3 +266,44 @@ faults: troubles that are no fault of the data and have not ended, see multihome
 
 comment on function multihome.state() is
 'The state of this database for programs: node, state (up, down, maintenance), since, by, reason, sole, rejoin, hop, window (role, until, by, pid), writers; stillebot_status() explains them.';
+
+-- What the agent has changed of the schema, on this node. Rows are written in the transaction of the change, in a window, so
+-- they do not travel; an initial copy brings those of the peer, which are told apart by the node.
+
+create table multihome.schema_change (
+    node text not null default multihome.node_id(),
+    id text not null,
+    file text not null,
+    sha256 text not null,
+    nodes text[] not null,
+    by_whom text not null,
+    at timestamptz not null default now(),
+    primary key (node, id)
+);
+comment on table multihome.schema_change is 'Changes of the schema that stillebot-agent schema apply has committed on this node. A change is whole when each of its nodes has a row of it.';
+comment on column multihome.schema_change.node is 'Whose row it is: multihome.node_id().';
+comment on column multihome.schema_change.id is 'Of the change; the same on all nodes.';
+comment on column multihome.schema_change.file is 'The name of the file with its statements.';
+comment on column multihome.schema_change.sha256 is 'Of the file''s content.';
+comment on column multihome.schema_change.nodes is 'The nodes that it is for, as the agent calls them.';
+comment on column multihome.schema_change.by_whom is 'User and host of the agent.';
+comment on column multihome.schema_change.at is 'When its transaction began here.';
+
+create function multihome.note_schema_change(id text, file text, sha256 text, nodes text[], by_whom text) returns void
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into multihome.schema_change (id, file, sha256, nodes, by_whom)
+    values (note_schema_change.id, note_schema_change.file, note_schema_change.sha256, note_schema_change.nodes, note_schema_change.by_whom);
+end;
+revoke execute on function multihome.note_schema_change(text, text, text, text[], text) from public;
+comment on function multihome.note_schema_change(text, text, text, text[], text) is 'Notes, in the transaction of a change of the schema, that it was made.';
+
+create function multihome.schema_changes() returns setof multihome.schema_change
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+begin atomic
+    select * from multihome.schema_change as c where c.node = multihome.node_id();
+end;
+revoke execute on function multihome.schema_changes() from public;
+comment on function multihome.schema_changes() is 'The rows of multihome.schema_change that are this node''s own.';

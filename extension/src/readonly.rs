@@ -259,7 +259,7 @@ unsafe extern "C-unwind" fn process_utility(
     // SAFETY: arguments are passed on as they came; `hint` outlives the call that may use it.
     unsafe {
         let node = (*statement).utilityStmt;
-        let changes = compat::GetCommandLogLevel(node) != pg_sys::LogStmtLevel::LOGSTMT_ALL;
+        let changes = compat::GetCommandLogLevel(node) != pg_sys::LogStmtLevel::LOGSTMT_ALL || is_commit_prepared(node);
         let allowed = always_allowed(node);
         let closed = enter(if changes && !allowed { Effect::Writes } else { Effect::Nothing });
         let mut hint = Hint::new();
@@ -369,6 +369,18 @@ unsafe fn always_allowed(node: *mut pg_sys::Node) -> bool {
             T_RenameStmt => (*node.cast::<pg_sys::RenameStmt>()).renameType == pg_sys::ObjectType::OBJECT_SUBSCRIPTION,
             _ => false,
         }
+    }
+}
+
+/// To core a command that controls transactions; to us one that writes.
+///
+/// # Safety
+/// `node` is a statement of PostgreSQL's.
+unsafe fn is_commit_prepared(node: *mut pg_sys::Node) -> bool {
+    // SAFETY: the tag says what the node is.
+    unsafe {
+        (*node).type_ == pg_sys::NodeTag::T_TransactionStmt
+            && (*node.cast::<pg_sys::TransactionStmt>()).kind == pg_sys::TransactionStmtKind::TRANS_STMT_COMMIT_PREPARED
     }
 }
 

@@ -5,6 +5,9 @@
 //! by the end of that session; and by its deadline, which whoever wants in looks at. The record of the database says
 //! "down" all the time, so nothing that is told by it, as libpq and the bot are, takes the database for the live one.
 //!
+//! What is written in a window stays on its node, like the transactions of local.rs: a change of the schema is made on every
+//! node, and the rows that it fills in would come to each of them once more.
+//!
 //! Why nothing is committed behind the LSN that [`multihome_close_window`] returns. Whatever commits in a window was let in by
 //! it: marked itself in its backend's slot, full fence, looked at the window; once when it began to write, and again before
 //! its commit. Against it: the window is shut, full fence, the marks are read. So a transaction either sees the window shut, at
@@ -70,8 +73,30 @@ fn admits(window: Window, marked: bool) -> bool {
         None => {
             if marked {
                 LET_IN.store(u64::from(compat::my_local_xid()) << 32 | u64::from(window.serial), Relaxed);
+                stay_here();
             }
             true
+        }
+    }
+}
+
+/// Unless the session says itself where its changes are from.
+fn stay_here() {
+    // SAFETY: backend-local variables; see local::begin().
+    unsafe {
+        if pg_sys::replorigin_session_origin == pg_sys::InvalidRepOriginId as pg_sys::RepOriginId {
+            pg_sys::replorigin_session_origin = pg_sys::DoNotReplicateId as pg_sys::RepOriginId;
+            pg_sys::replorigin_session_origin_timestamp = 0;
+        }
+    }
+}
+
+fn stay_no_more() {
+    // SAFETY: as above.
+    unsafe {
+        if pg_sys::replorigin_session_origin == pg_sys::DoNotReplicateId as pg_sys::RepOriginId {
+            pg_sys::replorigin_session_origin = pg_sys::InvalidRepOriginId as pg_sys::RepOriginId;
+            pg_sys::replorigin_session_origin_timestamp = 0;
         }
     }
 }
@@ -218,9 +243,12 @@ fn instant(at: i64) -> String {
 static TO_OPEN: Mutex<Option<Window>> = Mutex::new(None);
 
 unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _argument: *mut c_void) {
-    use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT};
-    if !matches!(event, XACT_EVENT_COMMIT | XACT_EVENT_ABORT) {
+    use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
+    if !matches!(event, XACT_EVENT_COMMIT | XACT_EVENT_ABORT | XACT_EVENT_PREPARE) {
         return;
+    }
+    if LET_IN.swap(0, Relaxed) != 0 {
+        stay_no_more();
     }
     let window = TO_OPEN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
     if event == XACT_EVENT_COMMIT

@@ -1,7 +1,8 @@
 //! The maintenance window: the only way through a database that is down, for one role, for a while.
 
 use anyhow::{Context, Result, ensure};
-use stillebot_tests::{Server, Shutdown, wait_until};
+use stillebot_tests::cluster::DATABASE;
+use stillebot_tests::{Cluster, Server, Shutdown, wait_until};
 use tokio_postgres::{Client, error::SqlState};
 
 use crate::PATIENCE;
@@ -360,4 +361,41 @@ async fn a_window_opens_only_where_it_may() -> Result<()> {
     }
     change(&server, "guest", "insert into t values (2, 'x')").await?;
     server.finish().await
+}
+
+#[tokio::test]
+async fn what_is_written_in_a_window_stays_on_its_node() -> Result<()> {
+    let cluster = Cluster::builder().config("max_prepared_transactions", "2").start().await?;
+    let mut holders = Vec::new();
+    for node in cluster.nodes() {
+        let holder = node.superuser(DATABASE).await?;
+        holder.batch_execute("select stillebot_down()").await?;
+        holder.batch_execute("select multihome.open_window('rosuav', '1 min')").await?;
+        holders.push(holder);
+    }
+    // The same row on both, once in two steps: had either travelled, it would have been in the other's way.
+    for node in cluster.nodes() {
+        let session = node.connect("rosuav", DATABASE).await?;
+        session.batch_execute("begin read write; create table stillebot.made (i int primary key); insert into stillebot.made values (1); commit").await?;
+        session
+            .batch_execute("begin read write; insert into stillebot.made values (2); prepare transaction 'two'")
+            .await?;
+        session.batch_execute("commit prepared 'two'").await?;
+    }
+    for holder in &holders {
+        holder.batch_execute("select multihome.close_window()").await?;
+        holder.batch_execute("select stillebot_up()").await?;
+        holder.batch_execute("alter subscription multihome refresh publication with (copy_data = false)").await?;
+    }
+    // What is written afterwards travels, also from a session that has been in a window.
+    let session = cluster.node("sikorsky").connect("rosuav", DATABASE).await?;
+    session.batch_execute("insert into stillebot.made values (3)").await?;
+    cluster.wait_replicated().await?;
+    for node in cluster.nodes() {
+        let rows: String =
+            node.value(DATABASE, "select string_agg(i::text, ' ' order by i) from stillebot.made").await?;
+        ensure!(rows == "1 2 3", "{}: {rows}", node.name());
+        ensure!(node.value::<i64>(DATABASE, "select count(*) from multihome.conflicts").await? == 0);
+    }
+    cluster.finish().await
 }

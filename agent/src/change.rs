@@ -1,0 +1,367 @@
+//! A change of the schema on all nodes: its steps, and the decisions between them.
+//!
+//! Deliberately without any IO: what was seen on the nodes goes in, what is to be done comes out; `cmd/change.rs` does it. A
+//! run that was killed leaves three traces, and a later one goes by them: why a node was taken down ([`Closed`]), the
+//! transactions that were prepared, and the journal, whose row is committed with the change itself.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::facts::State;
+use crate::hop::{Refusal, Step};
+
+/// All steps in their order. `run` has a command where `apply` has its trial, change and commit.
+pub const TABLE: [Step; 11] = [
+    Step {
+        name: "lock",
+        does: "connect to every node and take its advisory lock",
+        undo: "the lock goes with the connection",
+        why_here: "first: neither a hop nor another change may come between",
+    },
+    Step {
+        name: "preflight",
+        does: "look at every node: state, replication, traces of an earlier change, schemas alike",
+        undo: "nothing was changed",
+        why_here: "before a single write is refused",
+    },
+    Step {
+        name: "trial",
+        does: "run the file in a transaction and roll it back, on nodes that are down first, until one would change",
+        undo: "it is rolled back",
+        why_here: "a file that changes nothing, or fails, must not take a node down",
+    },
+    Step {
+        name: "close",
+        does: "take the writable nodes down, with a reason that says how they were",
+        undo: "open again, as they were",
+        why_here: "before the change: rows of the old form must not meet tables of the new one",
+    },
+    Step {
+        name: "drain",
+        does: "wait until every node has applied every write of the others",
+        undo: "nothing was changed",
+        why_here: "after close, when no write can be added",
+    },
+    Step {
+        name: "window",
+        does: "open a maintenance window on every node",
+        undo: "it closes with the session, or by itself",
+        why_here: "as late as possible: it is the only way in",
+    },
+    Step {
+        name: "change",
+        does: "run the file on every node, or the command",
+        undo: "the transactions are rolled back",
+        why_here: "all of them are ready before the first is committed",
+    },
+    Step {
+        name: "commit",
+        does: "prepare everywhere and then commit, or commit one after the other; each with its row of the journal",
+        undo: "none: what one node has committed is finished on the others",
+        why_here: "the point of no return, so everything that can fail comes before it",
+    },
+    Step {
+        name: "refresh",
+        does: "close the windows, and refresh all subscriptions without copying",
+        undo: "none",
+        why_here: "new tables are there on both ends, and still empty or filled alike",
+    },
+    Step {
+        name: "compare",
+        does: "compare the schemas of all nodes",
+        undo: "nothing was changed",
+        why_here: "what one node has and another lacks must not be found by replication",
+    },
+    Step {
+        name: "reopen",
+        does: "open the nodes that were up, as they were",
+        undo: "none",
+        why_here: "last: writes may go on",
+    },
+];
+
+/// The names of the steps, in their order.
+pub const STEPS: [&str; TABLE.len()] = {
+    let mut names = [""; TABLE.len()];
+    let mut i = 0;
+    while i < names.len() {
+        names[i] = TABLE[i].name;
+        i += 1;
+    }
+    names
+};
+
+/// Why a node was taken down, as its state keeps it: says to a later run which change it was, and how the node was before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Closed {
+    /// Of the change.
+    pub id: String,
+    /// The node was the only writable one.
+    pub sole: bool,
+}
+
+const REASON: &str = "schema change ";
+const WAS_SOLE: &str = ", the only writable node before";
+const WAS_UP: &str = ", up before";
+
+impl Closed {
+    /// As a reason. `what` is the file or command.
+    pub fn reason(&self, what: &str) -> String {
+        let was = if self.sole { WAS_SOLE } else { WAS_UP };
+        let what: String = what.chars().filter(|letter| !letter.is_control()).take(80).collect();
+        format!("{REASON}{} ({what}){was}", self.id)
+    }
+
+    /// From a reason, if it is one of these.
+    pub fn parse(reason: &str) -> Option<Self> {
+        let (id, _) = reason.strip_prefix(REASON)?.split_once(' ')?;
+        let sole = reason.ends_with(WAS_SOLE);
+        (sole || reason.ends_with(WAS_UP)).then(|| Self { id: id.to_owned(), sole })
+    }
+}
+
+/// A row of a node's journal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Of the change.
+    pub id: String,
+    /// Its file.
+    pub file: String,
+    /// Of the file's content.
+    pub sha256: String,
+    /// What it is for.
+    pub nodes: Vec<String>,
+}
+
+/// What a node tells.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Seen {
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    pub state: State,
+    /// Changes committed there.
+    pub journal: Vec<Entry>,
+    /// Ids of changes prepared there.
+    pub prepared: Vec<String>,
+    /// Whether transactions can be prepared.
+    pub two_phase: bool,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Of this change.
+    pub id: String,
+    /// An earlier run has committed it on some node, so there is no way back.
+    pub finishing: bool,
+    /// Where the file is still to be run.
+    pub run_on: Vec<String>,
+    /// Where it is prepared, and to be committed.
+    pub commit_on: Vec<String>,
+    /// What an earlier run has prepared and nobody has committed: node and id.
+    pub roll_back: Vec<(String, String)>,
+    /// Writable nodes, each with whether it is the only one.
+    pub close: Vec<(String, bool)>,
+    /// Nodes to open at the end, each with whether it is the only writable one: those, and what an earlier run has closed.
+    pub reopen: Vec<(String, bool)>,
+    /// Prepared everywhere before it is committed anywhere.
+    pub two_phase: bool,
+}
+
+fn refuse<T>(why: impl Into<String>, hint: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal { unreachable: false, why: why.into(), hint: hint.into() })
+}
+
+/// Decides what to do. `nodes` are all nodes of the configuration; `sha256` is that of the file, none for a command.
+pub fn decide(new_id: &str, sha256: Option<&str>, nodes: &[Seen]) -> Result<Plan, Refusal> {
+    for node in nodes {
+        let (name, state) = (&node.name, &node.state);
+        if state.hop.is_some() {
+            let to = state.note().map_or_else(|| "NODE".to_owned(), |note| note.to);
+            return refuse(
+                format!("{name} was closed by an unfinished hop to {to}"),
+                format!("finish it with `hop {to} --resume` or undo it with `hop {to} --abort`"),
+            );
+        }
+        if state.state == "maintenance" {
+            return refuse(
+                format!("a maintenance window is open on {name}"),
+                "wait for its end, or end it there: SELECT multihome.close_window()",
+            );
+        }
+        if state.rejoin {
+            return refuse(
+                format!("{name} is closed because it was the only writable node when it restarted"),
+                format!("say what it is to be, `up {name}` or `down {name}`, and run this again"),
+            );
+        }
+    }
+    let unfinished = unfinished(nodes);
+    if let Some((entry, missing)) = unfinished.iter().find(|(entry, _)| Some(entry.sha256.as_str()) != sha256) {
+        return refuse(
+            format!("an earlier change, of {}, is not committed on {}", entry.file, missing.join(", ")),
+            format!("finish it first: `schema apply` with the content that {} had then", entry.file),
+        );
+    }
+    let ours = unfinished.into_iter().next();
+    let finishing = ours.is_some();
+    let (id, missing) = match &ours {
+        Some((entry, missing)) => (entry.id.clone(), missing.clone()),
+        None => (new_id.to_owned(), nodes.iter().map(|node| node.name.clone()).collect()),
+    };
+    let is_prepared = |name: &str| nodes.iter().any(|node| node.name == name && node.prepared.contains(&id));
+    let (commit_on, run_on) = missing.into_iter().partition(|name| finishing && is_prepared(name));
+    let roll_back = nodes
+        .iter()
+        .flat_map(|node| node.prepared.iter().map(|prepared| (node.name.clone(), prepared.clone())))
+        .filter(|(_, prepared)| !(finishing && *prepared == id))
+        .collect();
+    let close: Vec<(String, bool)> =
+        nodes.iter().filter(|node| node.state.is_up()).map(|node| (node.name.clone(), node.state.sole)).collect();
+    let left = nodes.iter().filter(|node| !node.state.is_up()).filter_map(|node| {
+        let closed = Closed::parse(node.state.reason.as_deref()?)?;
+        Some((node.name.clone(), closed.sole))
+    });
+    let mut reopen: Vec<(String, bool)> = close.iter().cloned().chain(left).collect();
+    if reopen.len() > 1 {
+        // An operator has opened another node meanwhile: none of several is the only one.
+        reopen.iter_mut().for_each(|(_, sole)| *sole = false);
+    }
+    let two_phase = nodes.iter().all(|node| node.two_phase);
+    Ok(Plan { id, finishing, run_on, commit_on, roll_back, close, reopen, two_phase })
+}
+
+/// Changes that are not over, each with the nodes that lack it. Over means: committed on all of its nodes, and none of them
+/// is still closed for it.
+fn unfinished(nodes: &[Seen]) -> Vec<(Entry, Vec<String>)> {
+    let mut entries: BTreeMap<&str, (&Entry, BTreeSet<&str>)> = BTreeMap::new();
+    for node in nodes {
+        for entry in &node.journal {
+            entries.entry(&entry.id).or_insert_with(|| (entry, BTreeSet::new())).1.insert(&node.name);
+        }
+    }
+    let closed_for = |id: &str| {
+        nodes.iter().any(|node| {
+            node.state.reason.as_deref().and_then(Closed::parse).is_some_and(|closed| closed.id == id)
+                && !node.state.is_up()
+        })
+    };
+    entries
+        .into_values()
+        .filter_map(|(entry, there)| {
+            let missing: Vec<String> = nodes
+                .iter()
+                .filter(|node| entry.nodes.contains(&node.name) && !there.contains(node.name.as_str()))
+                .map(|node| node.name.clone())
+                .collect();
+            (!missing.is_empty() || closed_for(&entry.id)).then(|| (entry.clone(), missing))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn state(state: &str, sole: bool, reason: Option<String>) -> State {
+        State {
+            state: state.into(),
+            since: None,
+            since_us: None,
+            by: None,
+            reason,
+            sole,
+            rejoin: false,
+            hop: None,
+            writers: None,
+        }
+    }
+
+    fn seen(name: &str, state: State) -> Seen {
+        Seen { name: name.into(), state, journal: Vec::new(), prepared: Vec::new(), two_phase: true }
+    }
+
+    fn entry(id: &str, sha256: &str) -> Entry {
+        Entry { id: id.into(), file: "f.sql".into(), sha256: sha256.into(), nodes: vec!["a".into(), "b".into()] }
+    }
+
+    fn closed(id: &str, sole: bool) -> State {
+        state("down", false, Some(Closed { id: id.into(), sole }.reason("f.sql")))
+    }
+
+    #[test]
+    fn nodes_go_back_to_what_they_were() {
+        let nodes = [seen("a", state("up", true, None)), seen("b", state("down", false, Some("holiday".into())))];
+        let plan = decide("new", Some("s"), &nodes).unwrap();
+        assert_eq!(plan.close, [("a".to_owned(), true)]);
+        assert_eq!(plan.reopen, plan.close);
+        assert_eq!(plan.run_on, ["a", "b"]);
+        assert!(!plan.finishing && plan.two_phase);
+    }
+
+    #[test]
+    fn what_a_killed_run_closed_is_opened_by_the_next() {
+        let nodes = [seen("a", closed("old", true)), seen("b", state("down", false, None))];
+        let plan = decide("new", Some("s"), &nodes).unwrap();
+        assert_eq!((plan.id.as_str(), plan.finishing), ("new", false));
+        assert_eq!((plan.close, plan.reopen), (vec![], vec![("a".to_owned(), true)]));
+    }
+
+    #[test]
+    fn what_nobody_committed_is_rolled_back_and_what_somebody_did_is_committed_everywhere() {
+        let mut nodes = [seen("a", closed("old", false)), seen("b", closed("old", false))];
+        nodes[0].prepared = vec!["old".into()];
+        nodes[1].prepared = vec!["old".into()];
+        let plan = decide("new", Some("s"), &nodes).unwrap();
+        assert_eq!(plan.roll_back.len(), 2);
+        assert_eq!(plan.run_on, ["a", "b"]);
+        nodes[0].prepared.clear();
+        nodes[0].journal = vec![entry("old", "s")];
+        let plan = decide("new", Some("s"), &nodes).unwrap();
+        assert_eq!((plan.id.as_str(), plan.finishing), ("old", true));
+        assert_eq!((plan.commit_on, plan.run_on, plan.roll_back), (vec!["b".to_owned()], vec![], vec![]));
+        // The content of the file is what the change is.
+        assert!(decide("new", Some("other"), &nodes).is_err());
+        assert!(decide("new", None, &nodes).is_err());
+    }
+
+    #[test]
+    fn a_change_that_is_whole_but_left_its_nodes_closed_is_only_concluded() {
+        let mut nodes = [seen("a", closed("old", true)), seen("b", state("down", false, None))];
+        for node in &mut nodes {
+            node.journal = vec![entry("old", "s")];
+        }
+        let plan = decide("new", Some("s"), &nodes).unwrap();
+        assert!(plan.finishing && plan.run_on.is_empty() && plan.commit_on.is_empty());
+        nodes[0].state = state("up", true, None);
+        assert!(!decide("new", Some("s"), &nodes).unwrap().finishing);
+    }
+
+    #[test]
+    fn what_somebody_else_is_at_is_not_disturbed() {
+        let up = || seen("a", state("up", true, None));
+        for flaw in [
+            State { hop: Some(serde_json::json!({})), ..state("down", false, None) },
+            State { rejoin: true, ..state("down", false, None) },
+            state("maintenance", false, None),
+        ] {
+            assert!(decide("new", None, &[up(), seen("b", flaw)]).is_err());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_reason_says_what_was(id in "[0-9a-f]{16}", sole: bool, what in ".{0,200}") {
+            let closed = Closed { id, sole };
+            let reason = closed.reason(&what);
+            prop_assert!(reason.len() < 500);
+            prop_assert_eq!(Closed::parse(&reason), Some(closed));
+        }
+
+        #[test]
+        fn other_reasons_mean_nothing(reason in "[a-z ,]{0,40}") {
+            prop_assert_eq!(Closed::parse(&reason), None);
+        }
+    }
+}
