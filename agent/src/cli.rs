@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::change::STEPS as CHANGE_STEPS;
 use crate::cmd::certs::STEPS as DEPLOY_STEPS;
 use crate::cmd::sequences::{PLACES, STEPS as STRIDE_STEPS};
 use crate::config::DEFAULT_PATH;
@@ -154,6 +155,91 @@ pub enum Sequences {
         #[arg(long, value_name = "before:STEP|after:STEP", hide = true, value_parser = pause_at_stride)]
         pause_at: Option<PauseAt>,
     },
+    /// Changes tables and the like on all nodes at once.
+    #[command(subcommand)]
+    Schema(Schema),
+}
+
+/// The commands under `schema`.
+#[derive(Debug, Subcommand)]
+pub enum Schema {
+    /// Runs the statements of a file on every node, or on none: takes writable nodes down, opens a maintenance window on each
+    /// node, commits everywhere, refreshes the subscriptions, compares, and opens again what was up.
+    ///
+    /// The file is tried first, in a transaction that is rolled back: if nothing would change, nothing is done. What it writes
+    /// into tables is written on each node and does not replicate.
+    #[command(after_help = SCHEMA_HELP)]
+    Apply(SchemaApply),
+    /// Runs a command that changes the schema on every node by itself, as the bot's --dbupdate does, with all nodes down and a
+    /// maintenance window for the role on each.
+    #[command(after_help = SCHEMA_HELP)]
+    Run(SchemaRun),
+}
+
+const SCHEMA_HELP: &str = "The agent's own role must be allowed to act as the role of `schema apply`: grant ROLE to AGENT with \
+inherit false, set true. A run that was killed leaves the nodes down; run again, it finishes or begins anew, and opens what was up.";
+
+/// Options of both.
+#[derive(Debug, Args)]
+pub struct SchemaHow {
+    /// Who changes: apply acts as this role; run lets sessions in that log in as it. By default `role` of [schema] in the
+    /// configuration.
+    #[arg(long)]
+    pub role: Option<String>,
+    /// How long the maintenance windows stay open at most.
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = window)]
+    pub window: Duration,
+    /// How long transactions under way may take to end.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub timeout: Duration,
+    /// End transactions that are still there at the timeout, instead of giving up.
+    #[arg(long)]
+    pub terminate: bool,
+    /// How long replication may take to catch up.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = deadline)]
+    pub wait: Duration,
+    /// Say what would be done, and change nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// For tests: stop this process (SIGSTOP) before or after a step; `undo` counts as one.
+    #[arg(long, value_name = "before:STEP|after:STEP", hide = true, value_parser = pause_at_change)]
+    pub pause_at: Option<PauseAt>,
+}
+
+/// Options of `schema apply`.
+#[derive(Debug, Args)]
+pub struct SchemaApply {
+    /// The statements, without BEGIN and COMMIT: they are one transaction.
+    pub file: PathBuf,
+    /// What both have.
+    #[command(flatten)]
+    pub how: SchemaHow,
+    /// How long a statement may wait for a lock.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = deadline)]
+    pub lock_timeout: Duration,
+    /// Do nothing but say what would change if a node is writable.
+    #[arg(long)]
+    pub no_down: bool,
+}
+
+/// Options of `schema run`.
+#[derive(Debug, Args)]
+pub struct SchemaRun {
+    /// What both have.
+    #[command(flatten)]
+    pub how: SchemaHow,
+    /// The command and its arguments. It is told STILLEBOT_NODES (names), STILLEBOT_HOSTS and STILLEBOT_PORTS (of those, separated
+    /// by commas), PGDATABASE and PGUSER.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+fn window(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if duration < Duration::from_secs(1) || duration > Duration::from_secs(86400) {
+        return Err("must be 1s to 1day".into());
+    }
+    Ok(duration)
 }
 
 /// The commands under `certs`.
@@ -259,6 +345,8 @@ impl Command {
             Self::Certs(Certs::Check) => "certs check",
             Self::Sequences(Sequences::Check) => "sequences check",
             Self::Sequences(Sequences::Stride { .. }) => "sequences stride",
+            Self::Schema(Schema::Apply(_)) => "schema apply",
+            Self::Schema(Schema::Run(_)) => "schema run",
         }
     }
 }
@@ -459,6 +547,10 @@ pub struct PauseAt {
 
 fn pause_at_hop(text: &str) -> Result<PauseAt, String> {
     PauseAt::parse(text, &STEPS)
+}
+
+fn pause_at_change(text: &str) -> Result<PauseAt, String> {
+    PauseAt::parse(text, &CHANGE_STEPS)
 }
 
 fn pause_at_deploy(text: &str) -> Result<PauseAt, String> {

@@ -47,6 +47,8 @@ pub struct Config {
     pub replication: Replication,
     /// Where renewed certificates go, in the order of the file.
     pub certificates: Vec<Certificate>,
+    /// Whose role `schema` acts as; none: it has to be said each time.
+    pub schema_role: Option<String>,
     /// Directory of what the agent has to remember: how the last deployment of each certificate ended.
     pub state: PathBuf,
 }
@@ -324,7 +326,14 @@ struct File {
     replication: Option<FileReplication>,
     #[serde(default)]
     certificate: Vec<FileCertificate>,
+    schema: Option<FileSchema>,
     state: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileSchema {
+    role: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -540,6 +549,7 @@ impl Config {
             rules,
             replication,
             certificates,
+            schema_role: file.schema.and_then(|schema| schema.role),
             state,
         })
     }

@@ -6,6 +6,7 @@
 //! config.rs  agent.toml and psql's variables      pgpass.rs  libpq's password file
 //! cmd/       one file a command: asks, decides, acts, reports
 //! hop.rs     the hop's table of steps and its decisions, without IO
+//! change.rs  the steps of a schema change and its decisions, without IO
 //! facts.rs   what nodes tell about themselves, and what follows from it
 //! conflict.rs a conflict as its node tells it
 //! resolve.rs what to do about conflicts, without IO
@@ -42,6 +43,7 @@
 
 pub mod alarm;
 pub mod certs;
+pub mod change;
 pub mod check;
 pub mod cli;
 pub mod clock;

@@ -424,6 +424,40 @@ impl Session {
         self.bounded(self.client.batch_execute(statements), bound).await
     }
 
+    /// Runs statements that somebody else wrote, as [`Session::run`]; of an error in a part that the server reads by itself, as in
+    /// EXECUTE, it says where, and what to do.
+    pub async fn script(&self, statements: &str, bound: Duration) -> Result<(), NodeError> {
+        let error = match timeout(bound, self.client.batch_execute(statements)).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error,
+            Err(_) => return self.bounded(std::future::pending(), Duration::ZERO).await,
+        };
+        let mut told = self.call_error(&error);
+        if let Some(db) = error.as_db_error() {
+            if let Some(tokio_postgres::error::ErrorPosition::Internal { position, query }) = db.position() {
+                let before: String = query.chars().take(*position as usize - 1).collect();
+                let number = before.matches('\n').count();
+                let line = query.lines().nth(number).unwrap_or_default().trim();
+                let place = format!("line {}: {line}", number + 1);
+                told.detail = Some(told.detail.map_or_else(|| place.clone(), |detail| format!("{detail}\n{place}")));
+            }
+            let hint = match db.code().code() {
+                "0A000" if db.message().contains("transaction") => {
+                    Some("all of the file is one transaction: leave BEGIN, COMMIT and the like out")
+                }
+                "25001" | "2D000" => {
+                    Some("all of the file is one transaction: what cannot be in one is for `schema run`")
+                }
+                "55P03" => {
+                    Some("somebody holds a lock on it, see pg_locks; wait for its end, or longer: --lock-timeout")
+                }
+                _ => None,
+            };
+            told.hint = told.hint.or(hint.map(str::to_owned));
+        }
+        Err(told)
+    }
+
     /// Runs one statement in a transaction of its own that says READ WRITE; returns the number of rows it changed.
     pub async fn write(&self, statement: &str, params: Params<'_>, bound: Duration) -> Result<u64, NodeError> {
         let statement = self.prepare(statement, bound).await?;

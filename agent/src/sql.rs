@@ -17,7 +17,11 @@ queries! {
     CERT_OWN = "cert_own.sql";
     CERT_SENDER = "cert_sender.sql";
     CERT_WORKER = "cert_worker.sql";
+    CHANGE_DIGEST = "change_digest.sql";
+    CHANGE_SEEN = "change_seen.sql";
+    CHANGE_WRITTEN = "change_written.sql";
     CLOCK = "clock.sql";
+    CLOSE_WINDOW = "close_window.sql";
     CONFLICT = "conflict.sql";
     CONFLICTS = "conflicts.sql";
     CONFLICTS_OPEN = "conflicts_open.sql";
@@ -40,6 +44,7 @@ queries! {
     MAKE_ROOM = "make_room.sql";
     NOTE = "note.sql";
     NOTIFY = "notify.sql";
+    OPEN_WINDOW = "open_window.sql";
     POSITION = "position.sql";
     PUT = "put.sql";
     RECONNECT = "reconnect.sql";

@@ -9,7 +9,7 @@ use std::time::Duration;
 use comfy_table::{Attribute, Cell, Table, presets};
 use serde_json::{Map, Value, json};
 
-use crate::cli::{Certs, Cli, Command};
+use crate::cli::{Certs, Cli, Command, Schema};
 use crate::config::{Config, Node};
 use crate::crew::{CONNECT_BOUND, Crew, LOOK_BOUND};
 use crate::failure::{Failure, Kind};
@@ -20,6 +20,7 @@ use crate::stop::Signals;
 pub mod activate;
 mod admin;
 pub mod certs;
+pub mod change;
 pub mod check;
 pub mod conflicts;
 pub mod deinit;
@@ -152,6 +153,8 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Watch { once, node } => watch::run(&context, *once, node.as_deref()).await,
         Command::Refresh { dry_run } => refresh::run(&context, *dry_run).await,
         Command::Conflicts(verb) => conflicts::run(&context, verb).await,
+        Command::Schema(Schema::Apply(options)) => change::apply(&context, options).await,
+        Command::Schema(Schema::Run(options)) => change::run(&context, options).await,
         Command::Certs(_) => Ok(certs::check(&context).await),
         Command::Sequences(verb) => sequences::run(&context, verb).await,
     };

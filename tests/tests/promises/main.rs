@@ -24,6 +24,7 @@ mod rules;
 mod runs;
 mod scenarios;
 mod sequences;
+mod schema_change;
 mod setup;
 mod testme;
 mod watch;
