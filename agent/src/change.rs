@@ -60,16 +60,16 @@ pub const TABLE: [Step; 11] = [
         why_here: "the point of no return, so everything that can fail comes before it",
     },
     Step {
-        name: "refresh",
-        does: "close the windows, and refresh all subscriptions without copying",
-        undo: "none",
-        why_here: "new tables are there on both ends, and still empty or filled alike",
+        name: "compare",
+        does: "close the windows, and compare the schemas of all nodes",
+        undo: "none; nodes that are not alike stay down",
+        why_here: "what one node has and another lacks must not be found by replication, nor by refresh",
     },
     Step {
-        name: "compare",
-        does: "compare the schemas of all nodes",
-        undo: "nothing was changed",
-        why_here: "what one node has and another lacks must not be found by replication",
+        name: "refresh",
+        does: "refresh all subscriptions without copying",
+        undo: "none",
+        why_here: "new tables are there on both ends, and still empty or filled alike",
     },
     Step {
         name: "reopen",
@@ -164,8 +164,56 @@ pub struct Plan {
     pub close: Vec<(String, bool)>,
     /// Nodes to open at the end, each with whether it is the only writable one: those, and what an earlier run has closed.
     pub reopen: Vec<(String, bool)>,
+    /// An earlier run has left nodes closed.
+    pub resuming: bool,
     /// Prepared everywhere before it is committed anywhere.
     pub two_phase: bool,
+}
+
+/// Everything that is defined in a database: kind and name, and how.
+pub type Structure = BTreeMap<(String, String), String>;
+
+/// How one structure differs from another, a line for each object; empty if they are alike. `gone`, `new` and `other` say it
+/// of an object that only the first has, that only the second has, and that both have.
+fn compare(first: &Structure, second: &Structure, gone: &str, new: &str, other: &str) -> Vec<String> {
+    let objects: BTreeSet<&(String, String)> = first.keys().chain(second.keys()).collect();
+    let line = |object: &&(String, String)| {
+        let (kind, name) = object;
+        match (first.get(*object), second.get(*object)) {
+            (Some(_), None) => Some(format!("{kind} {name}: {gone}")),
+            (None, Some(_)) => Some(format!("{kind} {name}: {new}")),
+            (Some(a), Some(b)) if a != b => Some(format!("{kind} {name}: {other}: {} | {}", short(a), short(b))),
+            _ => None,
+        }
+    };
+    objects.iter().filter_map(line).collect()
+}
+
+/// In one line that can be read.
+fn short(definition: &str) -> String {
+    let words: Vec<&str> = definition.split_whitespace().collect();
+    let line = words.join(" ");
+    match line.char_indices().nth(160) {
+        Some((end, _)) => format!("{}..", &line[..end]),
+        None => line,
+    }
+}
+
+/// What nodes do not have in common; each is compared with the first.
+pub fn differences(nodes: &[(String, Structure)]) -> Vec<String> {
+    let Some(((first, theirs), others)) = nodes.split_first() else { return Vec::new() };
+    others
+        .iter()
+        .flat_map(|(name, structure)| {
+            let (gone, new) = (format!("not on {name}"), format!("not on {first}"));
+            compare(theirs, structure, &gone, &new, &format!("{first} and {name} differ"))
+        })
+        .collect()
+}
+
+/// What a change would do on a node.
+pub fn effects(before: &Structure, after: &Structure) -> Vec<String> {
+    compare(before, after, "dropped", "created", "changed")
 }
 
 fn refuse<T>(why: impl Into<String>, hint: impl Into<String>) -> Result<T, Refusal> {
@@ -227,8 +275,9 @@ pub fn decide(new_id: &str, sha256: Option<&str>, nodes: &[Seen]) -> Result<Plan
         // An operator has opened another node meanwhile: none of several is the only one.
         reopen.iter_mut().for_each(|(_, sole)| *sole = false);
     }
+    let resuming = reopen.len() > close.len();
     let two_phase = nodes.iter().all(|node| node.two_phase);
-    Ok(Plan { id, finishing, run_on, commit_on, roll_back, close, reopen, two_phase })
+    Ok(Plan { id, finishing, run_on, commit_on, roll_back, close, reopen, resuming, two_phase })
 }
 
 /// Changes that are not over, each with the nodes that lack it. Over means: committed on all of its nodes, and none of them
@@ -350,7 +399,27 @@ mod tests {
         }
     }
 
+    fn structure() -> impl Strategy<Value = Structure> {
+        proptest::collection::btree_map(("table|index", "[a-c]").prop_map(|(kind, name)| (kind, name)), "[xy]", 0..5)
+    }
+
     proptest! {
+        #[test]
+        fn whatever_is_not_alike_is_named_once(first in structure(), second in structure()) {
+            let nodes = [("a".to_owned(), first.clone()), ("b".to_owned(), second.clone())];
+            let differing: BTreeSet<_> = first
+                .keys()
+                .chain(second.keys())
+                .filter(|object| first.get(*object) != second.get(*object))
+                .collect();
+            let lines = differences(&nodes);
+            prop_assert_eq!(lines.len(), differing.len());
+            prop_assert_eq!(effects(&first, &second).len(), differing.len());
+            for (line, (kind, name)) in lines.iter().zip(differing) {
+                prop_assert!(line.starts_with(&format!("{kind} {name}: ")), "{}", line);
+            }
+        }
+
         #[test]
         fn a_reason_says_what_was(id in "[0-9a-f]{16}", sole: bool, what in ".{0,200}") {
             let closed = Closed { id, sole };

@@ -15,7 +15,7 @@ use tokio::process::{Child, Command};
 use tokio_postgres::types::PgLsn;
 
 use super::{Context, IN_THE_WAY, Reply, UP_BOUND, open, print, unreachable, whoami};
-use crate::change::{self, Closed, Entry, Plan, Seen};
+use crate::change::{self, Closed, Entry, Plan, Seen, Structure};
 use crate::cli::{SchemaApply, SchemaHow, SchemaRun};
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts::{self, Facts};
@@ -159,6 +159,7 @@ impl<'a> Work<'a> {
             roll_back: Vec::new(),
             close: Vec::new(),
             reopen: Vec::new(),
+            resuming: false,
             two_phase: false,
         };
         let mut work = Self {
@@ -198,9 +199,15 @@ impl<'a> Work<'a> {
                 let flaw = facts.extension.flaw().unwrap_or_default();
                 return Err(Failure::new(Kind::Undone, format!("{name}: {flaw}; nothing was changed")));
             };
-            let seen = self.crew.session(&name)?.row(sql::CHANGE_SEEN, &[], LOOK_BOUND).await.map_err(|error| {
-                Failure::from(error).hint("the extension has to be of version 0.5: alter extension stillebot update")
-            })?;
+            let seen =
+                self.crew.session(&name)?.row(sql::CHANGE_SEEN, &[&self.role], LOOK_BOUND).await.map_err(|error| {
+                    Failure::from(error)
+                        .hint("the extension has to be of version 0.5: alter extension stillebot update")
+                })?;
+            let may_act: Option<bool> = seen.get("may_act");
+            if may_act.is_none() || (self.content.sha256.is_some() && may_act != Some(true)) {
+                return Err(self.may_not_act(&name, may_act));
+            }
             let (journal, prepared): (String, String) = (seen.get("journal"), seen.get("prepared"));
             let journal = read_journal(&journal);
             let prepared: BTreeMap<String, String> = serde_json::from_str(&prepared).unwrap_or_default();
@@ -212,6 +219,15 @@ impl<'a> Work<'a> {
         self.plan = change::decide(&new_id()?, self.content.sha256.as_deref(), &nodes).map_err(|refusal| {
             Failure::new(Kind::Undone, format!("{}; nothing was changed", refusal.why)).hint(refusal.hint)
         })?;
+        // A command that was killed may have done a part.
+        if !self.plan.finishing && !self.plan.resuming {
+            let differences = change::differences(&self.structures().await?);
+            if !differences.is_empty() {
+                return Err(Failure::new(Kind::Undone, "the schemas of the nodes are not alike; nothing was changed")
+                    .detail(differences.join("\n"))
+                    .hint("make them alike first, by hand or with `schema run`"));
+            }
+        }
         let states: Vec<String> = nodes.iter().map(|node| format!("{} {}", node.name, node.state.state)).collect();
         self.note("preflight", states.join(", "));
         if self.how.dry_run {
@@ -222,6 +238,26 @@ impl<'a> Work<'a> {
             self.note("preflight", format!("{node}: rolled back what an earlier run had prepared"));
         }
         Ok(())
+    }
+
+    fn may_not_act(&self, name: &str, may_act: Option<bool>) -> Failure {
+        let (role, agent) = (quote::name(&self.role), quote::name(&self.context.config.user));
+        match may_act {
+            None => Failure::new(Kind::Undone, format!("{name} has no role {role}; nothing was changed"))
+                .hint("check --role, or role in [schema] of the configuration"),
+            Some(_) => {
+                Failure::new(Kind::Undone, format!("{agent} may not act as {role} on {name}; nothing was changed"))
+                    .hint(format!("on every node: grant {role} to {agent} with inherit false, set true"))
+            }
+        }
+    }
+
+    async fn structures(&self) -> Result<Vec<(String, Structure)>, Failure> {
+        let names = self.names();
+        let looks = names
+            .iter()
+            .map(async |name| Ok::<_, NodeError>((name.clone(), structure(self.crew.session(name)?).await?)));
+        Ok(join_all(looks).await.into_iter().collect::<Result<_, _>>()?)
     }
 
     /// What all nodes tell, once replication works in every direction.
@@ -281,6 +317,7 @@ impl<'a> Work<'a> {
         let work = async {
             let rows = async || session.row(sql::CHANGE_WRITTEN, &[], self.how.window).await;
             let before: i64 = rows().await?.get("rows");
+            let structure_before = structure(session).await?;
             let digest_before: String = session.row(sql::CHANGE_DIGEST, &[], LOOK_BOUND).await?.get("digest");
             session.script(&self.statements(), self.how.window).await?;
             let after = rows().await?;
@@ -289,10 +326,13 @@ impl<'a> Work<'a> {
                 let digest: String = session.row(sql::CHANGE_DIGEST, &[], LOOK_BOUND).await?.get("digest");
                 let written = after.get::<_, i64>("rows") - before;
                 if digest != digest_before {
-                    list.push(format!("{name}: definitions would change"));
+                    list = change::effects(&structure_before, &structure(session).await?);
+                    if list.is_empty() {
+                        list.push("privileges, comments or the like: changed".to_owned());
+                    }
                 }
                 if written > 0 {
-                    list.push(format!("{name}: {written} rows would be written"));
+                    list.push(format!("rows: {written} written"));
                 }
             }
             Ok::<_, NodeError>(list)
@@ -592,7 +632,8 @@ impl<'a> Work<'a> {
         if self.crew.session(name).is_ok_and(Session::is_lost) || self.crew.session(name).is_err() {
             self.crew.learn(name, UNDO_BOUND).await.ok()?;
         }
-        let seen = self.crew.ask(name, sql::CHANGE_SEEN, &[], LOOK_BOUND).await.ok()?;
+        let role = self.role.clone();
+        let seen = self.crew.ask(name, sql::CHANGE_SEEN, &[&role], LOOK_BOUND).await.ok()?;
         let journal: String = seen.first()?.get("journal");
         Some(read_journal(&journal).iter().any(|entry| entry.id == self.plan.id))
     }
@@ -640,23 +681,32 @@ impl<'a> Work<'a> {
 
     // ---- the end ----
 
-    /// Closes the windows, refreshes, compares and opens again. `failed`: what the command said.
+    /// Closes the windows, compares, refreshes and opens again. `failed`: what the command said.
     async fn conclude(&mut self, failed: Option<Failure>) -> Result<Reply, Failure> {
-        self.pause("refresh", false);
-        let result = async {
-            for name in self.names() {
-                if self.windows.contains(&name) {
-                    self.close_window(&name).await?;
-                }
+        self.pause("compare", false);
+        let differences = match self.closed_and_compared().await {
+            Ok(differences) => differences,
+            Err(error) => return Err(self.left_down(error)),
+        };
+        if !differences.is_empty() {
+            let mut failure = Failure::new(
+                Kind::NeedsPerson,
+                "the schemas of the nodes differ now; the nodes stay down",
+            )
+            .detail(differences.join("\n"))
+            .hint("make them alike with `schema run`, which then opens what was up; or open a node with `up` as it is");
+            if let Some(failed) = failed {
+                failure.message = format!("{}, and {}", failed.message, failure.message);
             }
-            for name in self.names() {
-                self.crew.ask(&name, sql::REFRESH, &[], REFRESH_BOUND).await?;
-            }
-            Ok::<_, Failure>(())
+            return Err(self.reported(failure));
         }
-        .await;
-        if let Err(error) = result {
-            return Err(self.left_down(error));
+        self.note("compare", "the schemas are alike");
+        self.pause("compare", true);
+        self.pause("refresh", false);
+        for name in self.names() {
+            if let Err(error) = self.crew.ask(&name, sql::REFRESH, &[], REFRESH_BOUND).await {
+                return Err(self.left_down(error.into()));
+            }
         }
         self.note("refresh", "subscriptions refreshed, nothing copied");
         self.pause("refresh", true);
@@ -674,6 +724,15 @@ impl<'a> Work<'a> {
         let json = json!({"command": self.verb(), "outcome": "done", "id": self.plan.id, "nodes": self.names(),
             "writes_refused_ms": refused.map_or(0.0, ms), "steps": self.steps});
         Ok(Reply::done(text, json))
+    }
+
+    async fn closed_and_compared(&mut self) -> Result<Vec<String>, Failure> {
+        for name in self.names() {
+            if self.windows.contains(&name) {
+                self.close_window(&name).await?;
+            }
+        }
+        Ok(change::differences(&self.structures().await?))
     }
 
     async fn reopen(&mut self) -> Result<(), Failure> {
@@ -754,7 +813,8 @@ impl<'a> Work<'a> {
             self.crew.learn(name, UNDO_BOUND).await?;
             self.windows.remove(name);
         }
-        let seen = self.crew.ask(name, sql::CHANGE_SEEN, &[], LOOK_BOUND).await?;
+        let role = self.role.clone();
+        let seen = self.crew.ask(name, sql::CHANGE_SEEN, &[&role], LOOK_BOUND).await?;
         let prepared: String = seen.first().map_or_else(String::new, |row| row.get("prepared"));
         let prepared: BTreeMap<String, String> = serde_json::from_str(&prepared).unwrap_or_default();
         if let Some(owner) = prepared.get(&self.plan.id)
@@ -825,6 +885,11 @@ fn halted(halt: Halt, when: &str) -> Failure {
 
 fn prepared_name(id: &str) -> String {
     format!("stillebot_schema_{id}")
+}
+
+async fn structure(session: &Session) -> Result<Structure, NodeError> {
+    let rows = session.rows(sql::CHANGE_STRUCTURE, &[], LOOK_BOUND).await?;
+    Ok(rows.iter().map(|row| ((row.get("kind"), row.get("name")), row.get("definition"))).collect())
 }
 
 fn read_journal(text: &str) -> Vec<Entry> {

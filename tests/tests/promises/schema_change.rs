@@ -152,9 +152,39 @@ async fn whatever_a_statement_changes_is_seen_and_only_said_if_no_node_may_go_do
     ] {
         let run = apply(&cluster, statement, &["--no-down"]).await?.expect_code(1)?;
         ensure!(run.says("is writable, and there is something to change; nothing was changed"), "{run:#?}");
+        ensure!(
+            run.json["detail"].as_str().is_some_and(|list| list.contains("changed") || list.contains("written")),
+            "{run:#?}"
+        );
         let run = apply(&cluster, statement, &["--dry-run"]).await?.expect_code(0)?;
         ensure!(run.json["would"].as_array().is_some_and(|would| would.len() == 3), "{run:#?}");
     }
+    let run = apply(&cluster, NEW_TABLE, &["--no-down"]).await?.expect_code(1)?;
+    for line in [
+        "table stillebot.made: created",
+        "column stillebot.raids.extra: created",
+        "trigger stillebot.made.noticed: created",
+        "rows: 1 written",
+    ] {
+        ensure!(run.says(line), "{line}: {run:#?}");
+    }
+    ensure!(stands(&cluster).await? == ["up, old", "up, old"]);
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_change_begins_with_schemas_that_are_alike_and_a_role_that_it_may_act_as() -> Result<()> {
+    let cluster = cluster(false).await?;
+    cluster.nodes()[1].execute(DATABASE, "alter table stillebot.raids add column only_here int default 3").await?;
+    let run = apply(&cluster, NEW_TABLE, &[]).await?.expect_code(1)?;
+    ensure!(run.says("column stillebot.raids.only_here: not on sikorsky"), "{run:#?}");
+    cluster.nodes()[0].execute(DATABASE, "alter table stillebot.raids add column only_here int default 4").await?;
+    let run = apply(&cluster, NEW_TABLE, &[]).await?.expect_code(1)?;
+    ensure!(run.says("sikorsky and gideon differ: integer default 4 | integer default 3"), "{run:#?}");
+    let run = apply(&cluster, NEW_TABLE, &["--role", "nobody"]).await?.expect_code(1)?;
+    ensure!(run.says("has no role nobody"), "{run:#?}");
+    let run = apply(&cluster, NEW_TABLE, &["--role", "replicator"]).await?.expect_code(1)?;
+    ensure!(run.says("grant replicator to stillebot_agent with inherit false, set true"), "{run:#?}");
     ensure!(stands(&cluster).await? == ["up, old", "up, old"]);
     cluster.finish().await
 }
@@ -195,15 +225,15 @@ async fn fails_on_one_node(prepared: bool) -> Result<()> {
     let cluster = cluster(prepared).await?;
     cluster.expect_log(" 23505 ");
     // Sikorsky goes first, and would let it pass.
-    cluster.nodes()[1].execute(DATABASE, "create unique index in_the_way on stillebot.raids ((1)) where false").await?;
+    cluster.nodes()[1].execute(DATABASE, "comment on table stillebot.raids is 'not here'").await?;
     let statements = format!(
-        "{NEW_TABLE} do $$ begin if to_regclass('stillebot.in_the_way') is not null then raise unique_violation using message = 'not here'; end if; end $$"
+        "{NEW_TABLE} do $$ begin if obj_description('stillebot.raids'::regclass) is not null then raise unique_violation using message = 'not here'; end if; end $$"
     );
     let run = apply(&cluster, &statements, &[]).await?.expect_code(1)?;
     ensure!(run.says("gideon") && run.says("not here") && run.says("everything is as it was"), "{run:#?}");
     ensure!(run.says("writes were refused for"), "{run:#?}");
     ensure!(stands(&cluster).await? == ["up, old", "up, old"], "{:?}", stands(&cluster).await?);
-    cluster.nodes()[1].execute(DATABASE, "drop index stillebot.in_the_way").await?;
+    cluster.nodes()[1].execute(DATABASE, "comment on table stillebot.raids is null").await?;
     apply(&cluster, &statements, &[]).await?.expect_code(0)?;
     assert_replicates(&cluster).await?;
     cluster.finish().await
@@ -227,11 +257,8 @@ async fn killed_at_every_step(prepared: bool) -> Result<()> {
             agent(&cluster, &["hop", "sikorsky"]).await?.expect_code(0)?;
         }
         let before = if both { ["up", "up"] } else { ["sole", "down"] };
-        for (number, place) in STEPS
-            .iter()
-            .filter(|step| **step != "compare")
-            .flat_map(|step| [format!("before:{step}"), format!("after:{step}")])
-            .enumerate()
+        for (number, place) in
+            STEPS.iter().flat_map(|step| [format!("before:{step}"), format!("after:{step}")]).enumerate()
         {
             let statements = format!("alter table stillebot.raids add column c{number} int");
             let name = file(&cluster, "change.sql", &statements)?;
@@ -285,6 +312,8 @@ async fn a_change_that_one_node_has_committed_has_to_be_finished_before_another_
     ensure!(stands(&cluster).await?.iter().all(|node| node.starts_with("down")));
     let run = apply(&cluster, "create table stillebot.other (i int)", &[]).await?.expect_code(1)?;
     ensure!(run.says("an earlier change, of first.sql, is not committed on gideon"), "{run:#?}");
+    let hop = agent(&cluster, &["hop", "gideon"]).await?.expect_code(1)?;
+    ensure!(hop.says("is closed for an unfinished change of the schema"), "{hop:#?}");
     agent(&cluster, &["schema", "apply", &name]).await?.expect_code(0)?;
     ensure!(stands(&cluster).await? == ["up, new", "up, new"]);
     assert_replicates(&cluster).await?;
@@ -396,6 +425,21 @@ async fn a_command_that_fails_is_said_and_the_nodes_are_as_before() -> Result<()
     let output = run(&cluster, &["--window", "1s"], "exec sleep 600").await?.expect_code(1)?;
     ensure!(output.stderr.contains("the command was ended"), "{output:#?}");
     ensure!(stands(&cluster).await? == ["up, old", "up, old"]);
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_command_that_did_one_node_only_needs_a_person_and_the_nodes_stay_down() -> Result<()> {
+    let cluster = cluster(false).await?;
+    let script = update(&cluster, NEW_TABLE, &[0])? + "exit 1";
+    let output = run(&cluster, &[], &script).await?.expect_code(3)?;
+    ensure!(output.stderr.contains("table stillebot.made: not on gideon"), "{output:#?}");
+    ensure!(stands(&cluster).await? == ["down, new", "down, old"]);
+    // The rest of it, and what was up is up again.
+    let script = update(&cluster, NEW_TABLE, &[1])?;
+    run(&cluster, &[], &script).await?.expect_code(0)?;
+    ensure!(stands(&cluster).await? == ["up, new", "up, new"]);
+    assert_replicates(&cluster).await?;
     cluster.finish().await
 }
 
