@@ -307,3 +307,57 @@ begin atomic
 end;
 revoke execute on function multihome.schema_changes() from public;
 comment on function multihome.schema_changes() is 'The rows of multihome.schema_change that are this node''s own.';
+
+-- PostgreSQL 18 tells conflicts itself: it names table and index in sentences only, and tells of rows that were last changed by another
+-- origin. Of those only the ones that crossed come here, see apply_log.rs.
+
+create or replace function multihome.record(event jsonb) returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    name text;
+    told jsonb := event;
+    written bigint;
+begin
+    -- As subscription.rs words them.
+    if event ->> 'message_id' = 'subscription "%s" does not replicate: this data directory is a copy of another node''s' then
+        return 0; -- multihome.park() is for that.
+    end if;
+    if event ->> 'message_id' = 'subscription "%s" would replicate this database to itself' then
+        select s.subname into name from pg_subscription s where s.oid = (event ->> 'subscription')::oid and s.subenabled;
+        if found then
+            begin
+                execute format('alter subscription %I disable', name);
+            exception when lock_not_available then
+                null; -- It comes again.
+            end;
+        end if;
+    end if;
+    if event ->> 'kind' = 'error' and event ? 'conflict_type' and not event ? 'relname' then
+        -- The table is in the message only, which may be in any language.
+        select event || jsonb_build_object('schemaname', c ->> 'schemaname', 'relname', c ->> 'relname') into told
+          from jsonb_array_elements(event -> 'changes') as c
+         where strpos(event ->> 'message', format('%s.%s', c ->> 'schemaname', c ->> 'relname')) > 0
+         order by length(c ->> 'schemaname') + length(c ->> 'relname') desc limit 1;
+    end if;
+    written := multihome.write_down(coalesce(told, event));
+    if event ->> 'kind' = 'error' and not event ? 'constraint_name' and event ? 'conflict_type' then
+        update multihome.log as l
+           set constraint_name = coalesce(substring(event ->> 'detail' from 'unique index "([^"]+)"'), l.local_conflicts #>> '{0,index}')
+         where l.node = multihome.node_id() and l.id = written and l.constraint_name is null;
+    elsif event ->> 'conflict_type' in ('update_origin_differs', 'delete_origin_differs') then
+        -- PostgreSQL has applied it. Of a deletion the other node tells the rest: there the change made here found no row.
+        update multihome.log as l
+           set status = 'resolved', resolved_by = 'replication', resolved_at = l.last_seen,
+               resolution = case l.conflict_type
+                                when 'delete_origin_differs' then 'deleted here, as on the other node, though changed here later'
+                                else 'replaced by the incoming row, though changed here later: the nodes may differ in this row until it is written again on one of them'
+                            end
+         where l.node = multihome.node_id() and l.id = written and l.status = 'open';
+    end if;
+    return written;
+end $$;
+comment on function multihome.record(jsonb) is
+'Writes down what a replication worker reported, and returns the number of the row; 0 if there is none of it. Disables a subscription of this database to itself.
+For the collector, in a transaction that stays on this node.';

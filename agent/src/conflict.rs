@@ -138,6 +138,14 @@ impl Conflict {
         matches!(self.conflict_type.as_str(), "insert_exists" | "update_exists" | "multiple_unique_conflicts")
     }
 
+    /// What it is, in few words; PostgreSQL 18 has the name of the constraint in none of its messages.
+    pub fn gist(&self) -> Option<String> {
+        match &self.constraint_name {
+            Some(constraint) if self.is_clash() => Some(format!("violates {constraint}")),
+            _ => self.message.clone(),
+        }
+    }
+
     /// The incoming change is of a row that is not here. Replication has gone on without it.
     pub fn is_missing(&self) -> bool {
         self.conflict_type == "update_missing"

@@ -8,6 +8,7 @@
 
 use std::ffi::{CStr, c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::UNIX_EPOCH;
 
 use pgrx::pg_sys;
 
@@ -50,6 +51,12 @@ fn note(report: &pg_sys::ErrorData) {
 
     let tap = tap();
     let silent = kind == Kind::Silent;
+    if silent && conflict(text(report.message), text(report.message_id)).ends_with(ORIGIN_DIFFERS) {
+        let committed = tap.current().map_or(0, |transaction| transaction.commit_ts);
+        if replaced_at(text(report.detail)).is_some_and(|replaced| replaced <= committed) {
+            return;
+        }
+    }
     let mut event = Event {
         kind,
         delivery: if copied != 0 { Delivery::Copy } else { Delivery::None },
@@ -97,6 +104,10 @@ const NOT_FOUND: [(&[u8], &CStr); 2] = [
 ];
 /// From 18 on, core tells conflicts itself.
 const DETECTED: &[u8] = b"conflict detected on relation";
+/// The end of two types of conflict: the row was last changed by another than the publisher of what comes. Two nodes that
+/// both write do that to each other's rows all day. What comes was committed after what it replaces, then: only where it was
+/// not have the two changes crossed, which the node tells that has the later one replaced.
+const ORIGIN_DIFFERS: &[u8] = b"_origin_differs";
 const SKIPPED: &[u8] = b"logical replication completed skipping transaction";
 
 /// What a report is to us; `None`: nothing.
@@ -118,7 +129,7 @@ fn texts(report: &pg_sys::ErrorData, silent: bool) -> [&'static [u8]; TEXTS.len(
     [
         message,
         if silent { &[] } else { id },
-        text(report.detail),
+        if silent && !conflict.ends_with(ORIGIN_DIFFERS) { &[] } else { text(report.detail) },
         if silent { &[] } else { text(report.context) },
         text(report.schema_name),
         text(report.table_name),
@@ -139,6 +150,29 @@ fn conflict(message: &'static [u8], id: &[u8]) -> &'static [u8] {
     // conflict detected on relation "%s.%s": conflict=%s
     let at = message.windows(MARK.len()).rposition(|part| part == MARK);
     at.map_or(b"", |at| &message[at + MARK.len()..])
+}
+
+/// When the row was committed that a change replaces, in microseconds since 2000: the last time in the first line of the
+/// detail. timestamptz_to_str() writes ISO 8601 in the time zone of the process, whatever DateStyle and language.
+fn replaced_at(detail: &[u8]) -> Option<i64> {
+    const SHAPE: &[u8] = b"0000-00-00 00:00:00";
+    const EPOCH: i64 = 946_684_800;
+    let line = detail.split(|byte| *byte == b'\n').next()?;
+    let fits = |text: &[u8]| {
+        text.iter().zip(SHAPE).all(|(byte, like)| *byte == *like || *like == b'0' && byte.is_ascii_digit())
+    };
+    let time = &line[line.windows(SHAPE.len()).rposition(fits)?..];
+    let zone = SHAPE.len() + time[SHAPE.len()..].iter().position(|byte| matches!(byte, b'+' | b'-'))?;
+    let clock = humantime::parse_rfc3339_weak(str::from_utf8(&time[..zone]).ok()?).ok()?;
+    let clock = i64::try_from(clock.duration_since(UNIX_EPOCH).ok()?.as_micros()).ok()?;
+    // +hh, +hh:mm or +hh:mm:ss
+    let mut east = 0;
+    for (part, seconds) in time[zone..].chunks(3).zip([3600, 60, 1]) {
+        let [b'+' | b'-' | b':', tens @ b'0'..=b'9', ones @ b'0'..=b'9'] = part else { break };
+        east += seconds * i64::from((tens - b'0') * 10 + (ones - b'0'));
+    }
+    let east = if time[zone] == b'-' { -east } else { east };
+    Some(clock - (EPOCH + east) * 1_000_000)
 }
 
 /// A text of a report, bounded. It lives as long as the report, which outlives our looking at it.
@@ -201,6 +235,20 @@ mod tests {
         assert_eq!(conflict(b"..", b"logical replication did not find row to be deleted in .."), b"delete_missing");
         let told = b"conflict detected on relation \"public.conflict=t\": conflict=update_origin_differs";
         assert_eq!(conflict(told, DETECTED), b"update_origin_differs");
+    }
+
+    #[test]
+    fn when_a_replaced_row_was_committed_is_read_from_the_detail() {
+        let at = |time: &str| {
+            replaced_at(format!("Updating the row that was modified locally in transaction 765 at {time}.\nExisting local row (2001-01-01 00:00:00+00).").as_bytes())
+        };
+        assert_eq!(at("2000-01-01 00:00:01.5+00"), Some(1_500_000));
+        assert_eq!(at("2000-01-01 05:30:00+05:30"), Some(0));
+        assert_eq!(at("1999-12-31 22:00:00.000001-02"), Some(1));
+        assert_eq!(at("2000-01-01 00:00:01+00:00:01"), Some(0));
+        assert_eq!(at("noon"), None);
+        assert_eq!(replaced_at(b""), None);
+        assert_eq!(replaced_at("am 2000-01-01 00:00:02+00 geändert, in 765".as_bytes()), Some(2_000_000));
     }
 
     #[test]

@@ -140,7 +140,7 @@ async fn list(context: &Context, node: Option<&str>, all: bool) -> Result<Reply,
             (true, false) => Color::Yellow,
             (false, _) => Color::Green,
         };
-        let what = conflict.resolution.as_ref().or(conflict.message.as_ref());
+        let what = conflict.resolution.clone().or_else(|| conflict.gist());
         lines.add_row(vec![
             Cell::new(conflict.name()),
             Cell::new(&conflict.conflict_type),
@@ -151,7 +151,7 @@ async fn list(context: &Context, node: Option<&str>, all: bool) -> Result<Reply,
             Cell::new(second(conflict.last_seen.as_deref())),
             Cell::new(conflict.occurrences),
             Cell::new(if conflict.blocking { conflict.subscription.as_str() } else { "-" }),
-            Cell::new(what.map_or_else(|| "-".into(), |text| short(text, SHOWN))),
+            Cell::new(what.as_deref().map_or_else(|| "-".into(), |text| short(text, SHOWN))),
         ]);
     }
     let mut text = if found.is_empty() && errors.is_empty() {
