@@ -5,23 +5,28 @@ SHELL       := /bin/bash
 
 # As for cargo: where everything goes that is built, fetched or found.
 target      := $(abspath $(or $(CARGO_TARGET_DIR),target))
+# Where the extension is built, which is of one major version; the agent and the tests serve all of them.
+built       := $(target)$(if $(filter-out 16,$(POSTGRESQL)),/$(POSTGRESQL))
 # What `make setup` found or fetched; PG_CONFIG=... on the command line wins.
-pg_config    = $$(cat '$(target)/pg_config')
+pg_config    = $$(cat '$(built)/pg_config')
 # The cargo features of the extension: one major version of PostgreSQL.
 pg_features  = --no-default-features --features pg$$($(pg_config) --version | sed -E 's/^PostgreSQL ([0-9]+).*/\1/')
-# pgrx reads the one, the test harness the other. An error of a test says by itself what failed; forty frames hide it.
-environment  = export RUST_LIB_BACKTRACE=0 PGRX_PG_CONFIG_PATH=$(pg_config) PG_CONFIG=$(pg_config) STILLEBOT_AGENT='$(target)/release/stillebot-agent';
+# pgrx reads the one, the test harness the other, and OTHERS for pairs of two versions. An error of a test says by itself what
+# failed; forty frames hide it.
+environment  = $(foreach version,$(OTHERS),export PG_CONFIG_$(version)=$$(cat '$(target)$(if $(filter-out 16,$(version)),/$(version))/pg_config');) \
+               export RUST_LIB_BACKTRACE=0 PGRX_PG_CONFIG_PATH=$(pg_config) PG_CONFIG=$(pg_config) STILLEBOT_AGENT='$(target)/release/stillebot-agent';
 CARGO       ?= cargo
 # Tests spend their time waiting for servers: more of them at once than there are processors.
 TEST_THREADS ?= 6
 
 VERSION      = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 
-.PHONY: help setup build install install-agent manual deb demo test test-hosts fuzz bench lint clean
+.PHONY: help setup build install install-agent manual deb demo test test-versions test-hosts fuzz bench lint clean
 
 help:
 	@echo 'make demo                 two live servers, hopped between under load; KEEP=1 leaves them running'
 	@echo 'make test                 proves every promise, on real servers'
+	@echo 'make test-versions        the same on each PostgreSQL of VERSIONS="16 18", and pairs of two versions'
 	@echo 'make test-hosts           the Debian packages, on whole Debian 13 hosts that it makes; root only'
 	@echo 'make fuzz                 the decoder of replication messages, against noise; SECONDS=60'
 	@echo 'make bench                figures, as ratios to plain PostgreSQL; SUBJECTS="pgbench hops apply conflicts"'
@@ -34,19 +39,19 @@ help:
 	@echo 'make clean                removes target/, fetched servers included'
 
 setup:
-	@PG_CONFIG='$(PG_CONFIG)' POSTGRESQL='$(POSTGRESQL)' scripts/setup
+	@CARGO_TARGET_DIR='$(built)' PG_CONFIG='$(PG_CONFIG)' POSTGRESQL='$(POSTGRESQL)' scripts/setup
 
 build: setup
-	@$(environment) $(CARGO) build --release --locked --package stillebot $(pg_features)
+	@$(environment) $(CARGO) build --release --locked --target-dir '$(built)' --package stillebot $(pg_features)
 	@$(environment) $(CARGO) build --release --locked --package stillebot-agent
 
 install: setup
-	@$(environment) $(CARGO) build --release --locked --package stillebot $(pg_features)
+	@$(environment) $(CARGO) build --release --locked --target-dir '$(built)' --package stillebot $(pg_features)
 	@pg_config=$(pg_config); library=$(DESTDIR)$$($$pg_config --pkglibdir); share=$(DESTDIR)$$($$pg_config --sharedir)/extension; \
 	mkdir -p "$$library" "$$share" 2>/dev/null && test -w "$$library" && test -w "$$share" || \
 	  { echo "make install: cannot write to $$library and $$share; run it as their owner (root, usually)" >&2; exit 1; }; \
 	rm -f "$$library/stillebot.so"; \
-	install -m 755 '$(target)/release/libstillebot.so' "$$library/stillebot.so"; \
+	install -m 755 '$(built)/release/libstillebot.so' "$$library/stillebot.so"; \
 	install -m 644 extension/stillebot.control sql/stillebot--*.sql "$$share/"; \
 	echo "installed stillebot into $$library and $$share"
 
@@ -78,8 +83,14 @@ demo: build install
 	@$(environment) $(CARGO) run --quiet --release --locked --package stillebot-tests --bin demo
 
 test: build install
-	@$(environment) $(CARGO) test --release --locked --package stillebot $(pg_features)
+	@$(environment) $(CARGO) test --release --locked --target-dir '$(built)' --package stillebot $(pg_features)
 	@$(environment) $(CARGO) test --release --locked --package stillebot-agent --package stillebot-tests -- --test-threads=$(TEST_THREADS)
+
+# All servers first: each is a peer of the others.
+VERSIONS ?= 16 18
+test-versions:
+	@for version in $(VERSIONS); do $(MAKE) --no-print-directory install POSTGRESQL=$$version; done
+	@for version in $(VERSIONS); do $(MAKE) --no-print-directory test POSTGRESQL=$$version OTHERS='$(VERSIONS)'; done
 
 test-hosts: setup
 	@scripts/debian-image
@@ -96,7 +107,7 @@ bench: build install
 
 lint: setup
 	@$(CARGO) fmt --all --check
-	@$(environment) $(CARGO) clippy --release --locked --all-targets --package stillebot $(pg_features) -- -D warnings
+	@$(environment) $(CARGO) clippy --release --locked --all-targets --target-dir '$(built)' --package stillebot $(pg_features) -- -D warnings
 	@$(environment) $(CARGO) clippy --release --locked --all-targets --package stillebot-agent --package stillebot-tests -- -D warnings
 
 clean:
