@@ -17,7 +17,7 @@ use tokio::process::Command;
 use crate::{
     authority::Authority,
     log_check::Expected,
-    postgres::workspace,
+    postgres::{Installation, workspace},
     proxy::Proxy,
     scratch::Scratch,
     server::{Server, ServerBuilder},
@@ -60,6 +60,8 @@ pub struct ClusterBuilder {
     lasting: bool,
     bare: bool,
     settings: Vec<(String, String)>,
+    /// Of the nodes, in order; those that are not named run what is under test.
+    installations: Vec<&'static Installation>,
 }
 
 /// What became of a run of the agent.
@@ -105,6 +107,12 @@ impl ClusterBuilder {
         self
     }
 
+    /// The PostgreSQL of each node, in order.
+    pub fn on(mut self, installations: &[&'static Installation]) -> Self {
+        self.installations = installations.to_vec();
+        self
+    }
+
     /// Plain PostgreSQL: the extension neither preloaded nor created.
     pub fn without_extension(mut self) -> Self {
         self.extension = false;
@@ -140,8 +148,12 @@ impl ClusterBuilder {
     pub async fn start(self) -> Result<Cluster> {
         let expected = Expected::default();
         let mut nodes = Vec::new();
-        for name in &NAMES[..self.size] {
-            let server = self.describe(name, &expected).init()?;
+        for (index, name) in NAMES[..self.size].iter().enumerate() {
+            let mut builder = self.describe(name, &expected);
+            if let Some(installation) = self.installations.get(index) {
+                builder = builder.installation(installation);
+            }
+            let server = builder.init()?;
             // All come up at the same time.
             server.spawn()?;
             nodes.push(server);
@@ -187,9 +199,7 @@ impl ClusterBuilder {
     /// Roles, database, tables, publication.
     async fn furnish(&self, node: &Server) -> Result<()> {
         if self.bare {
-            node.execute("postgres", "create role rosuav login").await?;
-            node.execute("postgres", "create database stillebot owner rosuav").await?;
-            return node.execute(DATABASE, &format!("set role rosuav; {BOT_TABLES}")).await;
+            return furnish_bare(node, "login").await;
         }
         node.execute(
             "postgres",
@@ -221,7 +231,15 @@ impl ClusterBuilder {
 impl Cluster {
     /// A cluster, to be described further.
     pub fn builder() -> ClusterBuilder {
-        ClusterBuilder { size: 2, extension: true, direct: false, lasting: false, bare: false, settings: Vec::new() }
+        ClusterBuilder {
+            size: 2,
+            extension: true,
+            direct: false,
+            lasting: false,
+            bare: false,
+            settings: Vec::new(),
+            installations: Vec::new(),
+        }
     }
 
     /// Two nodes with the extension.
@@ -237,6 +255,14 @@ impl Cluster {
     /// The node of that name. Panics if there is none.
     pub fn node(&self, name: &str) -> &Server {
         &self.nodes[self.index(name)]
+    }
+
+    /// Puts a server in a node's place that has the bot's empty tables and is otherwise bare; the bot cannot log in there yet.
+    pub async fn replace(&mut self, name: &str, installation: &'static Installation) -> Result<()> {
+        let index = self.index(name);
+        let node = &mut self.nodes[index];
+        node.replace(installation).await?;
+        furnish_bare(node, "nologin").await
     }
 
     fn index(&self, name: &str) -> usize {
@@ -517,6 +543,13 @@ key  = "{tls}/server-as-replicator.key"
         commands.push(format!("rm -r {}", self.directory.path().display()));
         Ok(commands)
     }
+}
+
+/// The bot's role and its tables.
+async fn furnish_bare(node: &Server, login: &str) -> Result<()> {
+    node.execute("postgres", &format!("create role rosuav {login}")).await?;
+    node.execute("postgres", "create database stillebot owner rosuav").await?;
+    node.execute(DATABASE, &format!("set role rosuav; {BOT_TABLES}")).await
 }
 
 /// What `settings.active_bot` is when that node is the active one.

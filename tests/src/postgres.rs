@@ -1,10 +1,11 @@
 //! Which PostgreSQL is under test, and how its programs are started.
 
 use std::{
+    collections::BTreeMap,
     env, fs,
     path::{Path, PathBuf},
     process::{Command, Output},
-    sync::OnceLock,
+    sync::{Mutex, OnceLock, PoisonError},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -88,16 +89,49 @@ impl Installation {
             .map_err(|error| anyhow::anyhow!("no PostgreSQL to test with: {error}"))
     }
 
+    /// The one of that major version: the one under test, or `$PG_CONFIG_18`. `None`: neither is, as has been said, unless this
+    /// is CI, where that is an error.
+    pub fn of(major: u32) -> Result<Option<&'static Self>> {
+        static OTHERS: Mutex<BTreeMap<u32, &'static Installation>> = Mutex::new(BTreeMap::new());
+        let tested = Self::get()?;
+        if tested.major == major {
+            return Ok(Some(tested));
+        }
+        let mut others = OTHERS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = others.get(&major) {
+            return Ok(Some(found));
+        }
+        let variable = format!("PG_CONFIG_{major}");
+        let Some(pg_config) = variable_of(&variable) else {
+            ensure!(env::var_os("CI").is_none(), "{variable} is not set; run make test-versions");
+            println!("skipped: {variable} is not set; make test-versions sets it");
+            return Ok(None);
+        };
+        let found = Self::at(pg_config)?;
+        ensure!(found.major == major, "{variable} is of {}", found.version);
+        ensure!(
+            found.has_extension(),
+            "{} has no stillebot; run make install PG_CONFIG=...",
+            found.pg_config.display()
+        );
+        let found: &'static Self = Box::leak(Box::new(found));
+        others.insert(major, found);
+        Ok(Some(found))
+    }
+
     fn find() -> Result<Self> {
-        let pg_config = match env::var_os("PG_CONFIG").filter(|path| !path.is_empty()) {
-            Some(path) => PathBuf::from(path),
+        Self::at(match variable_of("PG_CONFIG") {
+            Some(path) => path,
             None => {
                 let note = workspace().join("target/pg_config");
                 let path =
                     fs::read_to_string(&note).with_context(|| format!("{}; run scripts/setup", note.display()))?;
                 PathBuf::from(path.trim())
             }
-        };
+        })
+    }
+
+    fn at(pg_config: PathBuf) -> Result<Self> {
         let ask = |what: &str| -> Result<String> {
             let output =
                 Command::new(&pg_config).arg(what).output().with_context(|| pg_config.display().to_string())?;
@@ -150,6 +184,10 @@ impl Installation {
         command.current_dir("/tmp");
         command
     }
+}
+
+fn variable_of(name: &str) -> Option<PathBuf> {
+    env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
 fn strip_environment(command: &mut Command) {

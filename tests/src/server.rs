@@ -82,9 +82,16 @@ pub struct ServerBuilder {
     names: Vec<String>,
     authority: &'static Authority,
     expected: Expected,
+    installation: Option<&'static Installation>,
 }
 
 impl ServerBuilder {
+    /// Another PostgreSQL than the one under test.
+    pub fn installation(mut self, installation: &'static Installation) -> Self {
+        self.installation = Some(installation);
+        self
+    }
+
     /// Leaves the extension's library out of shared_preload_libraries.
     pub fn without_stillebot(mut self) -> Self {
         self.preload = false;
@@ -138,7 +145,7 @@ impl ServerBuilder {
 
     /// All but the data directory.
     fn frame(self) -> Result<Server> {
-        let installation = Installation::get()?;
+        let installation = self.installation.map_or_else(Installation::get, Ok)?;
         let directory = Scratch::new(&self.name)?;
         installation.server_user.own(directory.path())?;
         let mut settings = BTreeMap::new();
@@ -206,7 +213,25 @@ impl Server {
             names: Vec::new(),
             authority: Authority::shared(),
             expected: Expected::default(),
+            installation: None,
         }
+    }
+
+    /// Shuts it down and puts a fresh server of that PostgreSQL in its place: same port, certificates and settings, no data.
+    pub async fn replace(&mut self, installation: &'static Installation) -> Result<()> {
+        if self.is_running() {
+            self.stop(Shutdown::Fast).await?;
+        }
+        fs::remove_dir_all(self.data_directory())?;
+        self.installation = installation;
+        copy_template(installation, &self.data_directory())?;
+        self.furnish()?;
+        self.start().await
+    }
+
+    /// Which PostgreSQL it is.
+    pub fn installation(&self) -> &'static Installation {
+        self.installation
     }
 
     /// The node's name.

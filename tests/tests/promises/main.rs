@@ -27,6 +27,7 @@ mod sequences;
 mod schema_change;
 mod setup;
 mod testme;
+mod versions;
 mod watch;
 mod window;
 
