@@ -361,3 +361,7 @@ end $$;
 comment on function multihome.record(jsonb) is
 'Writes down what a replication worker reported, and returns the number of the row; 0 if there is none of it. Disables a subscription of this database to itself.
 For the collector, in a transaction that stays on this node.';
+
+comment on column multihome.conflicts.conflict_type is
+'insert_exists, update_exists, multiple_unique_conflicts: the incoming row violates one or several unique indexes. update_missing, delete_missing: there is no row to change; apply goes on.
+update_origin_differs, delete_origin_differs (from PostgreSQL 18 on): a change made here later was replaced by an earlier one of another node, for the two crossed; apply goes on. apply_error: anything else that stops apply or an initial copy.';
