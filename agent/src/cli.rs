@@ -126,6 +126,9 @@ pub enum Command {
     /// Puts renewed certificates where they are used, and shows how all certificates in use stand.
     #[command(subcommand)]
     Certs(Certs),
+    /// Changes tables and the like on all nodes at once.
+    #[command(subcommand)]
+    Schema(Schema),
     /// Shows where keys from sequences could be handed out twice, and gives each node keys of its own.
     #[command(subcommand)]
     Sequences(Sequences),
@@ -155,9 +158,6 @@ pub enum Sequences {
         #[arg(long, value_name = "before:STEP|after:STEP", hide = true, value_parser = pause_at_stride)]
         pause_at: Option<PauseAt>,
     },
-    /// Changes tables and the like on all nodes at once.
-    #[command(subcommand)]
-    Schema(Schema),
 }
 
 /// The commands under `schema`.

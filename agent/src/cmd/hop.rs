@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio_postgres::types::PgLsn;
 
 use super::{Context, IN_THE_WAY, Reply, UP_BOUND, WRITE_BOUND, open, print, whoami, write_active};
-use crate::change::Closed;
+use crate::change;
 use crate::cli::Hop as Options;
 use crate::clock::Clock;
 use crate::crew::{Crew, LOOK_BOUND};
@@ -196,7 +196,7 @@ impl Run<'_> {
                     let flaw = facts.extension.flaw().unwrap_or_default();
                     return Err(Failure::new(Kind::Undone, format!("{}: {flaw}", node.name)));
                 };
-                if state.reason.as_deref().and_then(Closed::parse).is_some() {
+                if state.reason.as_deref().and_then(change::Closed::parse).is_some() {
                     let message = format!("{} is closed for an unfinished change of the schema", node.name);
                     return Err(Failure::new(Kind::Undone, format!("{message}; nothing was changed"))
                         .hint("run that `schema` command again: it finishes or begins anew, and opens what was up"));
