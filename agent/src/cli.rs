@@ -158,6 +158,9 @@ pub enum Sequences {
         #[arg(long, value_name = "before:STEP|after:STEP", hide = true, value_parser = pause_at_stride)]
         pause_at: Option<PauseAt>,
     },
+    /// Compares tables and the like between the nodes.
+    #[command(subcommand)]
+    Schema(Schema),
 }
 
 /// The commands under `schema`.
@@ -240,6 +243,13 @@ fn window(text: &str) -> Result<Duration, String> {
         return Err("must be 1s to 1day".into());
     }
     Ok(duration)
+    /// Shows what is not alike on all nodes: tables, columns, constraints, indexes, triggers, functions, sequences, replica
+    /// identities, publications, views and types. Exit code 0 if all is, 1 if not.
+    Diff {
+        /// Print the statements that make what a node lacks.
+        #[arg(long)]
+        ddl: bool,
+    },
 }
 
 /// The commands under `certs`.
@@ -347,6 +357,7 @@ impl Command {
             Self::Sequences(Sequences::Stride { .. }) => "sequences stride",
             Self::Schema(Schema::Apply(_)) => "schema apply",
             Self::Schema(Schema::Run(_)) => "schema run",
+            Self::Schema(Schema::Diff { .. }) => "schema diff",
         }
     }
 }

@@ -66,6 +66,11 @@ pub enum Condition {
         /// In its words.
         warning: String,
     },
+    /// A node's schema is not that of the others.
+    Drift {
+        /// The node that it is compared with.
+        reference: String,
+    },
     /// The target has no such subscription.
     SubscriptionMissing {
         /// The subscription that there should be.
@@ -175,6 +180,7 @@ impl Condition {
         match self {
             Self::Unreachable { .. } => "unreachable",
             Self::Warning { .. } => "warning",
+            Self::Drift { .. } => "drift",
             Self::SubscriptionMissing { .. } => "subscription_missing",
             Self::SlotMissing { .. } => "slot_missing",
             Self::SlotLost { .. } => "slot_lost",
@@ -194,6 +200,7 @@ impl Condition {
     pub fn phrase(&self) -> &'static str {
         match self {
             Self::Warning { .. } => "not set up well",
+            Self::Drift { .. } => "with another schema",
             Self::SubscriptionMissing { .. } => "without subscription",
             Self::SlotMissing { .. } => "without slot",
             Self::SlotLost { .. } => "broken for good",
@@ -220,6 +227,7 @@ impl fmt::Display for Condition {
             Self::Unreachable { error } => f.write_str(error),
             Self::Warning { warning } => f.write_str(warning),
             Self::Certificate { trouble } => f.write_str(trouble),
+            Self::Drift { reference } => write!(f, "it is not that of {reference}, see schema diff"),
             Self::SubscriptionMissing { subscription } => write!(f, "there is no subscription {subscription}"),
             Self::SlotMissing { slot: Some(slot) } => {
                 write!(f, "slot {slot} is gone at the source, what was written since it was is not coming")

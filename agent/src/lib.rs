@@ -25,6 +25,7 @@
 //! hba.rs     who gets in by pg_hba.conf, without IO
 //! grants.rs  what the agent's role has to be allowed
 //! clock.rs   a server's clock, measured from here
+//! schema.rs  what differs between the nodes' schemas, and the statements that mend it
 //! setup.rs   from what the nodes are to a set that replicates, without IO
 //! leave.rs   and back again
 //! sight.rs   what one node tells the watchdog
@@ -70,6 +71,7 @@ pub mod renewal;
 pub mod resolve;
 pub mod resolver;
 pub mod sequences;
+pub mod schema;
 pub mod setup;
 pub mod sight;
 pub mod sql;

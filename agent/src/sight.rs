@@ -11,7 +11,7 @@ use tokio_postgres::types::PgLsn;
 
 use crate::config::Node;
 use crate::node::{NodeError, Session, Trouble};
-use crate::sql;
+use crate::{schema, sql};
 
 /// One node, seen.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -32,6 +32,8 @@ pub struct Sight {
     pub waits: Vec<Wait>,
     /// Open conflicts, those that stop apply first; none from an extension that does not record them.
     pub conflicts: Vec<Conflict>,
+    /// The fingerprint of its schema; none from an extension that cannot tell.
+    pub schema: Option<String>,
     /// What the extension warns of.
     pub warnings: Vec<String>,
     /// Transient faults that have not healed, a line each.
@@ -215,6 +217,7 @@ pub async fn look(
         waits: waits.collect(),
         ..Sight::default()
     };
+    sight.schema = schema::fingerprint(session, bound).await?;
     if about.get("records") {
         let conflicts = session.rows(sql::WATCH_CONFLICTS, &[], bound).await?;
         sight.conflicts = conflicts

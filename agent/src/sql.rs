@@ -53,6 +53,8 @@ queries! {
     RELOAD = "reload.sql";
     REMOVE = "remove.sql";
     RESOLVE = "resolve.sql";
+    SCHEMA = "schema.sql";
+    SCHEMA_FINGERPRINT = "schema_fingerprint.sql";
     SELF = "self.sql";
     SENDERS = "senders.sql";
     SEQUENCES = "sequences.sql";

@@ -70,6 +70,8 @@ pub struct Watchdog {
     silent: BTreeMap<String, Duration>,
     /// How much WAL each node has written when.
     written: BTreeMap<String, VecDeque<(Duration, u64)>>,
+    /// Since when a node's schema is not that of the first.
+    drifted: BTreeMap<String, Duration>,
     /// The slots, by node and name: where each was, and when it last moved.
     slots: BTreeMap<(String, String), (Place, Duration)>,
 }
@@ -132,6 +134,7 @@ impl Watchdog {
             directions,
             silent: BTreeMap::new(),
             written: BTreeMap::new(),
+            drifted: BTreeMap::new(),
             slots: BTreeMap::new(),
         }
     }
@@ -166,6 +169,7 @@ impl Watchdog {
                 }
             }
         }
+        self.look_at_schemas(now, views, &mut findings);
         self.look_at_slots(now, views, &mut findings);
         let sight = |node: &String| views.get(node).and_then(|view| view.as_ref().ok());
         for direction in &mut self.directions {
@@ -179,6 +183,32 @@ impl Watchdog {
             }
         }
         findings
+    }
+
+    /// A change by hand is made on one node after the other, so a difference has to last before it is one.
+    fn look_at_schemas(&mut self, now: Duration, views: &Views, findings: &mut Findings) {
+        let told = |node: &String| views.get(node)?.as_ref().ok()?.schema.as_deref();
+        let Some((reference, theirs)) = self.nodes.iter().find_map(|node| Some((node, told(node)?))) else { return };
+        if self.nodes.iter().any(|node| told(node).is_none()) {
+            findings.unknown.extend(self.drifted.keys().map(|node| Subject::Node { node: node.clone() }));
+        }
+        for node in self.nodes.iter().filter(|node| *node != reference) {
+            match told(node) {
+                None => {}
+                Some(schema) if schema == theirs => {
+                    self.drifted.remove(node);
+                }
+                Some(_) => {
+                    let since = *self.drifted.entry(node.clone()).or_insert(now);
+                    let age = now.saturating_sub(since);
+                    if age >= self.patience.mend {
+                        let condition = Condition::Drift { reference: reference.clone() };
+                        let subject = Subject::Node { node: node.clone() };
+                        findings.present.push(Finding { subject, condition, age });
+                    }
+                }
+            }
+        }
     }
 
     fn look_at_slots(&mut self, now: Duration, views: &Views, findings: &mut Findings) {
@@ -600,6 +630,26 @@ mod tests {
     }
 
     type Spoil = fn(&mut Sight, &mut Sight);
+
+    #[test]
+    fn schemas_that_differ_for_a_while_are_drift_and_what_cannot_be_seen_is_not_its_end() {
+        let mut watchdog = watchdog();
+        let view = |schema: &str| Ok(Sight { schema: Some(schema.into()), ..Sight::default() });
+        let mut look = |at: u64, a: Result<Sight, String>, b: Result<Sight, String>| {
+            let findings = watchdog.look(seconds(at), &Views::from([("a".into(), a), ("b".into(), b)]));
+            let drift = |finding: &&Finding| matches!(finding.condition, Condition::Drift { .. });
+            let drift = findings.present.iter().find(drift).map(|finding| (finding.subject.to_string(), finding.age));
+            (drift, findings.unknown.contains(&Subject::Node { node: "b".into() }))
+        };
+        assert_eq!(look(0, view("x"), view("x")), (None, false));
+        assert_eq!(look(5, view("y"), view("x")), (None, false), "the other one is being changed");
+        assert_eq!(look(10, view("y"), view("y")), (None, false));
+        assert_eq!(look(15, view("z"), view("y")), (None, false));
+        assert_eq!(look(30, view("z"), view("y")), (Some(("b".into(), seconds(15))), false));
+        assert_eq!(look(35, Err("gone".into()), view("y")), (None, true));
+        assert_eq!(look(40, view("z"), view("y")), (Some(("b".into(), seconds(25))), false));
+        assert_eq!(look(45, view("z"), view("z")), (None, false));
+    }
 
     #[test]
     fn each_condition_is_told_apart() {

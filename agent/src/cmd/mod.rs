@@ -31,6 +31,7 @@ mod progress;
 pub mod refresh;
 pub mod sequences;
 pub mod set_connection;
+pub mod schema;
 pub mod status;
 pub mod up;
 pub mod watch;
@@ -155,6 +156,7 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Conflicts(verb) => conflicts::run(&context, verb).await,
         Command::Schema(Schema::Apply(options)) => change::apply(&context, options).await,
         Command::Schema(Schema::Run(options)) => change::run(&context, options).await,
+        Command::Schema(Schema::Diff { ddl }) => schema::diff(&context, *ddl).await,
         Command::Certs(_) => Ok(certs::check(&context).await),
         Command::Sequences(verb) => sequences::run(&context, verb).await,
     };

@@ -12,12 +12,13 @@ use futures_util::future::{join, join_all};
 use serde_json::{Value, json};
 
 use super::{Context, Reply, print, render, table};
-use crate::config::Node;
+use crate::config::{Config, Node};
 use crate::crew::LOOK_BOUND;
 use crate::facts::{self, Direction, Facts, Verdict};
 use crate::failure::{Failure, Kind};
 use crate::inspect::{self, Level};
 use crate::node::{NodeError, Session};
+use crate::schema;
 
 /// How long everything about one node may take.
 const NODE_BOUND: Duration = Duration::from_secs(8);
@@ -46,8 +47,12 @@ pub async fn run(context: &Context, watch: Option<f64>) -> Result<Reply, Failure
     Ok(Reply::done("", Value::Null))
 }
 
-async fn look(context: &Context, node: &Node) -> Result<Facts, NodeError> {
-    let gather = async |session: &Session| facts::gather(session, &context.config, LOOK_BOUND).await;
+/// What a node tells, and the fingerprint of its schema.
+async fn look(context: &Context, node: &Node) -> Result<(Facts, Option<String>), NodeError> {
+    let gather = async |session: &Session| {
+        let facts = facts::gather(session, &context.config, LOOK_BOUND).await?;
+        Ok((facts, schema::fingerprint(session, LOOK_BOUND).await?))
+    };
     context.visit(node, NODE_BOUND, gather).await
 }
 
@@ -66,10 +71,13 @@ async fn once(context: &Context, certificates: &mut Certificates) -> Reply {
     };
     let (results, inspected) = join(looks, inspection).await;
     let bad: Vec<&inspect::Finding> = inspected.1.iter().filter(|finding| finding.level >= Level::Warning).collect();
-    let (mut facts, mut errors) = (BTreeMap::new(), BTreeMap::new());
+    let (mut facts, mut schemas, mut errors) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for (node, result) in config.nodes.iter().zip(results) {
         match result {
-            Ok(found) => drop(facts.insert(node.name.clone(), found)),
+            Ok((found, fingerprint)) => {
+                facts.insert(node.name.clone(), found);
+                schemas.extend(fingerprint.map(|fingerprint| (node.name.clone(), fingerprint)));
+            }
             Err(error) => drop(errors.insert(node.name.clone(), error)),
         }
     }
@@ -77,7 +85,7 @@ async fn once(context: &Context, certificates: &mut Certificates) -> Reply {
     let verdict = facts::verdict(config, &facts, &missing);
     let directions = facts::directions(config, &facts);
     let kind = (!errors.is_empty()).then_some(Kind::Unreachable);
-    let text = text(context, &facts, &errors, &directions, &bad, &verdict);
+    let text = text(context, &facts, &schemas, &errors, &directions, &bad, &verdict);
     let nodes: Vec<Value> = config
         .nodes
         .iter()
@@ -86,6 +94,7 @@ async fn once(context: &Context, certificates: &mut Certificates) -> Reply {
                 let mut value = json!(facts);
                 value["name"] = json!(node.name);
                 value["reachable"] = json!(true);
+                value["schema"] = json!(schemas.get(&node.name));
                 value["is_active"] = json!(facts.active.as_ref() == Some(&node.active_name));
                 value
             }
@@ -95,20 +104,30 @@ async fn once(context: &Context, certificates: &mut Certificates) -> Reply {
         .collect();
     let hop = facts.values().filter_map(|f| f.state.as_ref()).find_map(|state| state.hop.clone());
     let json = json!({"command": "status", "nodes": nodes, "replication": directions, "unfinished_hop": hop,
-        "certificates": bad, "verdict": verdict});
+        "certificates": bad, "schemas_alike": unlike(config, &schemas).is_empty(), "verdict": verdict});
     *certificates = Some(inspected);
     Reply { text, json, kind }
+}
+
+/// Fingerprints of schemas, by node.
+type Schemas = BTreeMap<String, String>;
+
+/// The nodes whose schema is not that of the first one that tells.
+fn unlike<'a>(config: &'a Config, schemas: &'a Schemas) -> Vec<&'a str> {
+    let told = config.nodes.iter().filter_map(|node| Some((node.name.as_str(), schemas.get(&node.name)?.as_str())));
+    schema::unlike(told)
 }
 
 fn text(
     context: &Context,
     facts: &BTreeMap<String, Facts>,
+    schemas: &Schemas,
     errors: &BTreeMap<String, NodeError>,
     directions: &[Direction],
     certificates: &[&inspect::Finding],
     verdict: &Verdict,
 ) -> String {
-    let mut nodes = table(&["node", "state", "since", "by", "why", "writers", "active side"]);
+    let mut nodes = table(&["node", "state", "since", "by", "why", "writers", "active side", "schema"]);
     for node in &context.config.nodes {
         let Some(found) = facts.get(&node.name) else {
             let error = errors.get(&node.name).map_or_else(String::new, |error| error.message.clone());
@@ -127,6 +146,8 @@ fn text(
             (None, Some(_)) => "?".into(),
             (None, None) => "-".into(),
         };
+        // Enough to see whether two are the same.
+        let schema = schemas.get(&node.name).and_then(|fingerprint| fingerprint.get(..8)).unwrap_or("-");
         let dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".into());
         match &found.state {
             Some(state) => {
@@ -144,6 +165,7 @@ fn text(
                     Cell::new(dash(&state.reason)),
                     Cell::new(state.writers.map_or_else(|| "-".into(), |n| n.to_string())),
                     Cell::new(active),
+                    Cell::new(schema),
                 ]);
             }
             None => {
@@ -155,6 +177,7 @@ fn text(
                     Cell::new(found.extension.flaw().unwrap_or_default()),
                     Cell::new("-"),
                     Cell::new(active),
+                    Cell::new(schema),
                 ]);
             }
         }
@@ -200,6 +223,10 @@ fn text(
     if sessions.row_count() > 0 {
         text.push('\n');
         text.push_str(&render(&sessions));
+    }
+    let unlike = unlike(&context.config, schemas);
+    if !unlike.is_empty() {
+        let _ = write!(text, "\nthe schemas differ, see schema diff: {}\n", unlike.join(", "));
     }
     for finding in certificates {
         let _ = write!(text, "\n{} {}: {}\n", finding.subject(), finding.level.word(), finding.text);

@@ -25,6 +25,7 @@ mod runs;
 mod scenarios;
 mod sequences;
 mod schema_change;
+mod schema_diff;
 mod setup;
 mod testme;
 mod versions;
