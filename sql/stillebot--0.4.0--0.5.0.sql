@@ -499,3 +499,95 @@ begin atomic
 end;
 revoke execute on function multihome.schema_fingerprint() from public;
 comment on function multihome.schema_fingerprint() is 'The same on two nodes exactly if multihome.schema() is.';
+
+-- A change of the schema is told to whoever listens: the agent's watch.
+
+create function multihome.tell_schema_change() returns event_trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    names text;
+begin
+    -- A transaction that has notified cannot be prepared, so where that may be wanted nothing is told; the watch sees it at its next look.
+    if current_setting('max_prepared_transactions')::integer > 0 then
+        return;
+    end if;
+    if tg_event = 'sql_drop' then
+        select string_agg(o.object_identity, ', ') into names
+          from pg_event_trigger_dropped_objects() o where o.original and not o.is_temporary;
+    else
+        select string_agg(c.object_identity, ', ') into names
+          from pg_event_trigger_ddl_commands() c
+         where not c.in_extension and c.object_type <> 'subscription' and c.schema_name is distinct from 'pg_temp';
+    end if;
+    if names is not null then
+        perform pg_notify('stillebot_schema', left(concat_ws(' ', tg_tag, names), 1900));
+    end if;
+exception when others then
+    null; -- No change of a schema fails because nobody could be told.
+end $$;
+revoke execute on function multihome.tell_schema_change() from public;
+comment on function multihome.tell_schema_change() is
+'NOTIFY stillebot_schema with the command and the names of what it changed, unless that is temporary or an extension''s. Tells nothing where max_prepared_transactions is not 0.';
+
+create event trigger stillebot_schema_changed on ddl_command_end execute function multihome.tell_schema_change();
+comment on event trigger stillebot_schema_changed is 'NOTIFY stillebot_schema: the schema has changed.';
+create event trigger stillebot_schema_dropped on sql_drop execute function multihome.tell_schema_change();
+comment on event trigger stillebot_schema_dropped is 'NOTIFY stillebot_schema: something of the schema was dropped.';
+
+-- A table that has rows on one node before it replicates.
+
+create function multihome.count_rows(relation text, most bigint) returns bigint
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    counted bigint;
+begin
+    perform from pg_class where oid = to_regclass(relation) and relkind in ('r', 'p');
+    if not found then
+        raise undefined_table using message = format('there is no table %s', quote_nullable(relation));
+    end if;
+    execute format('select count(*) from (select from %s limit $1) as t', to_regclass(relation)) into counted using most;
+    return counted;
+end $$;
+revoke execute on function multihome.count_rows(text, bigint) from public;
+comment on function multihome.count_rows(text, bigint) is 'How many rows a table has, counted up to most.';
+
+create function multihome.copy_table(relation text, subscription text) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '10s'
+as $$
+declare
+    target oid := to_regclass(relation);
+    source oid := (select s.oid from pg_subscription s join pg_database d on d.oid = s.subdbid
+                    where d.datname = current_database() and s.subname = copy_table.subscription);
+    worker integer;
+begin
+    -- What is written here is written of this node only, and it may be down.
+    perform multihome.begin_local('multihome.copy_table()');
+    perform from pg_subscription_rel r where r.srsubid = source and r.srrelid = target and r.srsubstate = 'r';
+    if not found then
+        raise object_not_in_prerequisite_state using
+            message = format('table %s is not replicated by subscription %s, or is being copied', quote_nullable(relation), quote_nullable(subscription)),
+            hint = 'ALTER SUBSCRIPTION .. REFRESH PUBLICATION WITH (copy_data = false), or wait for the end of the copy.';
+    end if;
+    -- Keeps the apply worker from the table until this is committed.
+    execute format('lock table %s in share row exclusive mode', target::regclass);
+    if multihome.count_rows(relation, 1) > 0 then
+        raise object_not_in_prerequisite_state using message = format('table %s has rows', relation),
+            hint = 'Only an empty table is populated. Which rows are right, only you can say.';
+    end if;
+    update pg_subscription_rel set srsubstate = 'i', srsublsn = null where srsubid = source and srrelid = target;
+    -- A worker that knew the table as ready would go on to apply to it. The next one cannot have opened it before the commit.
+    for worker in select w.pid from pg_stat_subscription w where w.subid = source and w.relid is null and w.pid is not null loop
+        perform pg_terminate_backend(worker, 10000);
+    end loop;
+    perform multihome.end_local();
+end $$;
+revoke execute on function multihome.copy_table(text, text) from public;
+comment on function multihome.copy_table(text, text) is
+'Has the rows of a table copied once more from the publisher of a subscription, by that subscription''s own initial copy: consistent with what replicates meanwhile, and nothing of it travels on. Refused unless the table is empty here.
+Ends the apply worker; multihome.restart_apply() has the next one started at once.';

@@ -29,6 +29,8 @@ queries! {
     CONFLICTS_RELATED = "conflicts_related.sql";
     CONFLICT_CHANGES = "conflict_changes.sql";
     CONNECTIONS = "connections.sql";
+    COPY_TABLE = "copy_table.sql";
+    COUNT_ROWS = "count_rows.sql";
     DEINIT_OWNED = "deinit_owned.sql";
     DEINIT_SLOT = "deinit_slot.sql";
     DOWN = "down.sql";
@@ -53,6 +55,7 @@ queries! {
     RELOAD = "reload.sql";
     REMOVE = "remove.sql";
     RESOLVE = "resolve.sql";
+    RESTART_APPLY = "restart_apply.sql";
     SCHEMA = "schema.sql";
     SCHEMA_FINGERPRINT = "schema_fingerprint.sql";
     SELF = "self.sql";
@@ -87,6 +90,7 @@ queries! {
     SURVEY_SLOTS = "survey_slots.sql";
     SURVEY_SUBSCRIPTIONS = "survey_subscriptions.sql";
     SURVEY_TABLES = "survey_tables.sql";
+    TABLES = "tables.sql";
     TELL = "tell.sql";
     UNLOCK = "unlock.sql";
     UP = "up.sql";
