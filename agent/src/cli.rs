@@ -159,6 +159,7 @@ pub enum Sequences {
         pause_at: Option<PauseAt>,
     },
     /// Compares tables and the like between the nodes.
+    /// Compares tables and the like between the nodes, and fills new tables.
     #[command(subcommand)]
     Schema(Schema),
 }
@@ -249,6 +250,22 @@ fn window(text: &str) -> Result<Duration, String> {
         /// Print the statements that make what a node lacks.
         #[arg(long)]
         ddl: bool,
+    },
+    /// Copies the rows of a table to the nodes where it is empty, once and one way: for a table that was created with rows in it.
+    ///
+    /// What is written meanwhile replicates as always; nothing of the copy travels back.
+    Populate {
+        /// The table, with its schema.
+        table: String,
+        /// The node whose rows the others get.
+        #[arg(long, value_name = "NODE")]
+        from: String,
+        /// How long the copy may take; it goes on by itself afterwards.
+        #[arg(long, value_name = "TIME", default_value = "10m", value_parser = patience)]
+        timeout: Duration,
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
     },
 }
 
@@ -358,6 +375,7 @@ impl Command {
             Self::Schema(Schema::Apply(_)) => "schema apply",
             Self::Schema(Schema::Run(_)) => "schema run",
             Self::Schema(Schema::Diff { .. }) => "schema diff",
+            Self::Schema(Schema::Populate { .. }) => "schema populate",
         }
     }
 }

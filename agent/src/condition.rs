@@ -70,6 +70,8 @@ pub enum Condition {
     Drift {
         /// The node that it is compared with.
         reference: String,
+        /// Tables that only one of the two publishes.
+        missing: Vec<String>,
     },
     /// The target has no such subscription.
     SubscriptionMissing {
@@ -227,7 +229,10 @@ impl fmt::Display for Condition {
             Self::Unreachable { error } => f.write_str(error),
             Self::Warning { warning } => f.write_str(warning),
             Self::Certificate { trouble } => f.write_str(trouble),
-            Self::Drift { reference } => write!(f, "it is not that of {reference}, see schema diff"),
+            Self::Drift { reference, missing } => {
+                write!(f, "it is not that of {reference}, see schema diff")?;
+                if missing.is_empty() { Ok(()) } else { write!(f, "; {}", missing.join("; ")) }
+            }
             Self::SubscriptionMissing { subscription } => write!(f, "there is no subscription {subscription}"),
             Self::SlotMissing { slot: Some(slot) } => {
                 write!(f, "slot {slot} is gone at the source, what was written since it was is not coming")

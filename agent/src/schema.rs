@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::config::{Config, Node};
 use crate::node::{NodeError, Session, Trouble};
 use crate::sql;
+use crate::watchdog::Views;
 
 /// What can be alike or not. Names are quoted and qualified as SQL wants them.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -209,6 +211,64 @@ pub fn unlike<'a>(fingerprints: impl IntoIterator<Item = (&'a str, &'a str)>) ->
     fingerprints.filter(|(_, fingerprint)| *fingerprint != first).map(|(node, _)| node).collect()
 }
 
+/// The tables that exist on both ends of a direction and do not replicate yet, by the node whose subscription has to be
+/// refreshed. A node that lacks a table of its publisher is left out: there a refresh would fail, and the missing table is a
+/// finding of the watchdog's.
+pub fn unjoined(config: &Config, views: &Views) -> BTreeMap<String, BTreeSet<String>> {
+    let sight = |node: &Node| views.get(&node.name).and_then(|view| view.as_ref().ok());
+    let mut unjoined: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for to in &config.nodes {
+        let Some(target) = sight(to) else { continue };
+        let sources = config.nodes.iter().filter(|from| from.name != to.name);
+        let sources: Vec<_> = sources.filter_map(|from| Some((from, sight(from)?))).collect();
+        if sources.iter().any(|(_, source)| source.tables.keys().any(|table| !target.tables.contains_key(table))) {
+            continue;
+        }
+        for (from, source) in sources {
+            let name = config.subscription_to(&from.name);
+            // A refresh is for those that are switched on.
+            if !target.subscriptions.iter().any(|subscription| subscription.name == name && subscription.enabled) {
+                continue;
+            }
+            let new = source
+                .tables
+                .keys()
+                .filter(|table| target.tables.get(*table).is_some_and(|subscriptions| !subscriptions.contains(&name)));
+            let new: Vec<String> = new.cloned().collect();
+            if !new.is_empty() {
+                unjoined.entry(to.name.clone()).or_default().extend(new);
+            }
+        }
+    }
+    unjoined
+}
+
+/// What to say of a new table, of which so many rows were counted on each node (0, or more) before it replicated and after:
+/// rows that were written in between have not travelled.
+pub fn rows_apart(table: &str, before: &[(String, i64)], after: &[(String, i64)]) -> Option<String> {
+    let filled = |counts: &[(String, i64)]| -> Vec<String> {
+        counts.iter().filter(|(_, rows)| *rows > 0).map(|(node, _)| node.clone()).collect()
+    };
+    let (earlier, later) = (filled(before), filled(after));
+    let apart = if !earlier.is_empty() {
+        earlier
+    } else if later.len() < after.len() {
+        later
+    } else {
+        Vec::new()
+    };
+    match apart.as_slice() {
+        [] => None,
+        [node] => Some(format!(
+            "table {table} had rows on {node} before it replicated: schema populate {table} --from {node}"
+        )),
+        nodes => Some(format!(
+            "table {table} had rows on {} before it replicated: empty it on all but one, then schema populate",
+            nodes.join(" and ")
+        )),
+    }
+}
+
 /// Asks a node for its schema.
 pub async fn read(session: &Session, bound: Duration) -> Result<Schema, NodeError> {
     let rows = session.rows(sql::SCHEMA, &[], bound).await.map_err(|error| match error.trouble {
@@ -241,6 +301,7 @@ pub async fn fingerprint(session: &Session, bound: Duration) -> Result<Option<St
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sight::{Sight, Subscription};
     use proptest::prelude::*;
 
     fn object(kind: &str, relation: &str, name: &str) -> Object {
@@ -310,6 +371,46 @@ mod tests {
         assert!(unlike([]).is_empty());
         assert!(unlike([("a", "x"), ("b", "x")]).is_empty());
         assert_eq!(unlike([("a", "x"), ("b", "x"), ("c", "y")]), ["c"]);
+    }
+
+    #[test]
+    fn a_new_table_is_joined_where_it_exists_on_both_ends_and_nothing_else_is_missing() {
+        let text = "user='u'\n[[node]]\nname='a'\nhost='a'\n[[node]]\nname='b'\nhost='b'";
+        let environment = crate::config::Environment { variable: &|_| None, os_user: None };
+        let config = Config::parse(text, &environment).unwrap();
+        let name = config.subscription_to("a");
+        let view = |tables: &[(&str, bool)], enabled| {
+            let subscription = Subscription { name: name.clone(), enabled, ..Subscription::default() };
+            let joined = |joined: &bool| if *joined { vec![name.clone()] } else { Vec::new() };
+            let tables = tables.iter().map(|(table, is)| ((*table).to_owned(), joined(is))).collect();
+            Ok(Sight { tables, subscriptions: vec![subscription], ..Sight::default() })
+        };
+        let unjoined = |a, b| unjoined(&config, &Views::from([("a".into(), a), ("b".into(), b)]));
+        let names = |nodes: &[&str]| -> BTreeMap<String, BTreeSet<String>> {
+            nodes.iter().map(|node| ((*node).to_owned(), BTreeSet::from(["new".to_owned()]))).collect()
+        };
+        assert!(unjoined(view(&[("t", true)], true), view(&[("t", true)], true)).is_empty());
+        let (one, other) = (&[("t", true), ("new", false)][..], &[("t", true)][..]);
+        assert_eq!(unjoined(view(one, true), view(other, true)), names(&[]), "nothing to join it with");
+        assert_eq!(unjoined(view(one, true), view(one, true)), names(&["a", "b"]));
+        assert_eq!(unjoined(view(one, true), view(&[("t", true), ("new", true)], true)), names(&["a"]));
+        assert_eq!(unjoined(view(one, true), view(one, false)), names(&["a"]), "switched off");
+        let more = &[("t", true), ("new", false), ("only", false)][..];
+        assert_eq!(unjoined(view(more, true), view(one, true)), names(&["a"]), "b lacks one");
+        assert!(unjoined(Err("gone".into()), view(one, true)).is_empty());
+    }
+
+    #[test]
+    fn rows_from_before_a_table_replicated_are_told() {
+        let counts = |a, b| [("a".to_owned(), a), ("b".to_owned(), b)];
+        let apart = |before, after| rows_apart("t", &before, &after);
+        assert_eq!(apart(counts(0, 0), counts(0, 0)), None);
+        assert_eq!(apart(counts(0, 0), counts(1, 1)), None, "written afterwards, and there");
+        let populate = "table t had rows on a before it replicated: schema populate t --from a";
+        assert_eq!(apart(counts(1, 0), counts(1, 0)).as_deref(), Some(populate));
+        assert_eq!(apart(counts(1, 0), counts(1, 1)).as_deref(), Some(populate), "one more has come");
+        assert_eq!(apart(counts(0, 0), counts(1, 0)).as_deref(), Some(populate), "written in between");
+        assert!(apart(counts(1, 1), counts(1, 1)).is_some_and(|text| text.contains("a and b")));
     }
 
     fn schema() -> impl Strategy<Value = Schema> {

@@ -2,6 +2,7 @@
 //!
 //! [`look`] asks; deliberately judges nothing, and keeps nothing from one look to the next. Positions are bytes of WAL.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
@@ -32,6 +33,8 @@ pub struct Sight {
     pub waits: Vec<Wait>,
     /// Open conflicts, those that stop apply first; none from an extension that does not record them.
     pub conflicts: Vec<Conflict>,
+    /// The tables it publishes, each with the subscriptions that it is part of here.
+    pub tables: BTreeMap<String, Vec<String>>,
     /// The fingerprint of its schema; none from an extension that cannot tell.
     pub schema: Option<String>,
     /// What the extension warns of.
@@ -156,6 +159,7 @@ pub struct Conflict {
 pub async fn look(
     session: &Session,
     node: &Node,
+    publication: &str,
     status_refused: &mut bool,
     bound: Duration,
 ) -> Result<Sight, NodeError> {
@@ -218,6 +222,8 @@ pub async fn look(
         ..Sight::default()
     };
     sight.schema = schema::fingerprint(session, bound).await?;
+    let tables = session.rows(sql::TABLES, &[&publication], bound).await?;
+    sight.tables = tables.iter().map(|row| (row.get("name"), row.get("subscriptions"))).collect();
     if about.get("records") {
         let conflicts = session.rows(sql::WATCH_CONFLICTS, &[], bound).await?;
         sight.conflicts = conflicts

@@ -202,7 +202,8 @@ impl Watchdog {
                     let since = *self.drifted.entry(node.clone()).or_insert(now);
                     let age = now.saturating_sub(since);
                     if age >= self.patience.mend {
-                        let condition = Condition::Drift { reference: reference.clone() };
+                        let missing = missing_tables(views, reference, node);
+                        let condition = Condition::Drift { reference: reference.clone(), missing };
                         let subject = Subject::Node { node: node.clone() };
                         findings.present.push(Finding { subject, condition, age });
                     }
@@ -260,6 +261,17 @@ impl Watchdog {
             }
         }
     }
+}
+
+/// Tables that only one of two nodes publishes.
+fn missing_tables(views: &Views, first: &str, second: &str) -> Vec<String> {
+    let tables = |node: &str| Some(&views.get(node)?.as_ref().ok()?.tables);
+    let (Some(firsts), Some(seconds)) = (tables(first), tables(second)) else { return Vec::new() };
+    let lacks = |has: &BTreeMap<String, Vec<String>>, other: &BTreeMap<String, Vec<String>>, node: &str| {
+        let missing = has.keys().filter(|table| !other.contains_key(*table));
+        missing.map(|table| format!("table {table} is missing on {node}")).collect::<Vec<_>>()
+    };
+    [lacks(firsts, seconds, second), lacks(seconds, firsts, first)].concat()
 }
 
 /// Whichever comes first, as far as it can be seen from here.

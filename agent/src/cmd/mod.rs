@@ -27,6 +27,7 @@ pub mod deinit;
 pub mod down;
 pub mod hop;
 pub mod init;
+pub mod populate;
 mod progress;
 pub mod refresh;
 pub mod sequences;
@@ -157,6 +158,10 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Schema(Schema::Apply(options)) => change::apply(&context, options).await,
         Command::Schema(Schema::Run(options)) => change::run(&context, options).await,
         Command::Schema(Schema::Diff { ddl }) => schema::diff(&context, *ddl).await,
+        Command::Schema(Schema::Populate { table, from, timeout, dry_run }) => {
+            let wish = populate::Wish { table, from, timeout: *timeout };
+            populate::run(&context, &wish, *dry_run).await
+        }
         Command::Certs(_) => Ok(certs::check(&context).await),
         Command::Sequences(verb) => sequences::run(&context, verb).await,
     };

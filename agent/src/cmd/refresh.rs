@@ -9,6 +9,7 @@ use serde_json::{Map, json};
 use super::{Context, Reply, unreachable};
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::failure::{Failure, Kind};
+use crate::node::NodeError;
 use crate::sql;
 
 /// It connects to the peer and may wait for a table's lock.
@@ -37,18 +38,9 @@ pub async fn run(context: &Context, dry_run: bool) -> Result<Reply, Failure> {
         if let Some(signal) = context.signals.received() {
             return Err(stopped(format!("stopped by {signal} before {node}"), refreshed));
         }
-        // The state of a down database must not refuse the agent's own session.
-        let result = match crew.session(&node) {
-            Ok(session) => session.run("set default_transaction_read_only = off", LOOK_BOUND).await,
-            Err(error) => Err(error),
-        };
-        let result = match result {
-            Ok(()) => crew.ask(&node, sql::REFRESH, &[], REFRESH_BOUND).await,
-            Err(error) => Err(error),
-        };
+        let result = node_of(&mut crew, &node).await;
         match result {
-            Ok(rows) => {
-                let names: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+            Ok(names) => {
                 let shown = if names.is_empty() { "no enabled subscription".to_owned() } else { names.join(", ") };
                 text.push_str(&format!("{node}: refreshed {shown}\n"));
                 refreshed.insert(node, json!(names));
@@ -64,6 +56,14 @@ pub async fn run(context: &Context, dry_run: bool) -> Result<Reply, Failure> {
         }
     }
     Ok(Reply::done(text, json!({"command": "refresh", "outcome": "done", "nodes": refreshed})))
+}
+
+/// Refreshes the subscriptions of one node; returns their names.
+pub async fn node_of(crew: &mut Crew<'_>, node: &str) -> Result<Vec<String>, NodeError> {
+    // The state of a down database must not refuse the agent's own session.
+    crew.session(node)?.run("set default_transaction_read_only = off", LOOK_BOUND).await?;
+    let rows = crew.ask(node, sql::REFRESH, &[], REFRESH_BOUND).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 fn stopped(message: String, refreshed: Map<String, serde_json::Value>) -> Failure {

@@ -43,7 +43,7 @@ pub async fn diff(context: &Context, ddl: bool) -> Result<Reply, Failure> {
 }
 
 /// The schemas of all nodes, in the order of the configuration.
-async fn read(context: &Context) -> Result<Vec<(String, schema::Schema)>, Failure> {
+pub async fn read(context: &Context) -> Result<Vec<(String, schema::Schema)>, Failure> {
     let looks = context.config.nodes.iter().map(async |node| {
         let schema = context.visit(node, NODE_BOUND, async |session| schema::read(session, NODE_BOUND).await).await;
         (node.name.clone(), schema)

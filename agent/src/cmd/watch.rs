@@ -8,7 +8,7 @@
 //! Everything runs in one task, so that what keeps any of it from going on also keeps systemd from hearing that it is
 //! alive.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::future::pending;
 use std::pin::{Pin, pin};
@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_postgres::Notification;
 
-use super::{Context, Reply, hostname, print};
+use super::{Context, Reply, hostname, print, refresh};
 use crate::alarm::{self, Alarms, Word};
 use crate::condition::Finding;
 use crate::config::{Config, Node, Watch};
@@ -32,12 +32,19 @@ use crate::inspect;
 use crate::node::{NodeError, Session, Trouble};
 use crate::resolve::{self, Attempts};
 use crate::resolver::{self, End, Outcome};
+use crate::schema;
 use crate::sight::{self, Sight};
 use crate::sql;
 use crate::watchdog::{Gauge, Patience, Views, Watchdog};
 
 /// Channel on which the extension says that there is a new conflict.
 const CONFLICTS: &str = "stillebot_conflict";
+/// Channel on which the extension says that the schema was changed.
+const SCHEMA: &str = "stillebot_schema";
+/// How long a table has to be empty on one node only before its rows count as not replicated.
+const TO_ARRIVE: Duration = Duration::from_secs(2);
+/// Between two attempts to have the same new tables replicate.
+const JOIN_AGAIN: Duration = Duration::from_secs(30);
 /// How long one look at one node may take.
 const NODE_BOUND: Duration = Duration::from_secs(8);
 /// Between two attempts to reach a node, at most.
@@ -104,14 +111,20 @@ impl<'a> Hands<'a> {
         Self { context, node, crew, attempts: Attempts::default() }
     }
 
-    /// Resolves what there is a rule for, if that is this agent's business; what remains open is handed over again at the next
-    /// look.
-    async fn resolve(mut self) -> Self {
+    /// Has new tables replicate and resolves what there is a rule for, if that is this agent's business; what remains is handed
+    /// over again at a later look.
+    async fn mend(mut self, unjoined: BTreeMap<String, BTreeSet<String>>) -> Self {
         resolver::connect(&mut self.crew).await;
         let sights = resolver::sights(self.context, &self.crew).await;
         let active = resolve::active_side(&self.context.config, &sights);
         if active.is_none() || self.node.is_some_and(|own| active.is_some_and(|node| node.name != own.name)) {
             tracing::debug!(active = active.map(|node| &node.name), "not ours to resolve");
+            return self;
+        }
+        if !unjoined.is_empty() {
+            self.join(&unjoined).await;
+        }
+        if self.context.config.rules.is_empty() {
             return self;
         }
         for (node, id) in resolver::pending(&self.crew, &mut self.attempts).await {
@@ -120,6 +133,66 @@ impl<'a> Hands<'a> {
             self.tell(&node, id, &outcome);
         }
         self
+    }
+
+    /// Refreshes the subscriptions that tables are new to, and says which of them has rows that did not travel.
+    async fn join(&mut self, unjoined: &BTreeMap<String, BTreeSet<String>>) {
+        if let Err(failure) = self.crew.lock().await {
+            return tracing::info!(%failure, "new tables do not replicate yet");
+        }
+        let tables: BTreeSet<&String> = unjoined.values().flatten().collect();
+        let mut before = BTreeMap::new();
+        for table in &tables {
+            before.insert(*table, self.count(table).await);
+        }
+        for (node, tables) in unjoined {
+            let names = tables.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+            match refresh::node_of(&mut self.crew, node).await {
+                Ok(_) => self.tell_schema(node, "joined", &format!("new tables replicate to {node}: {names}")),
+                Err(error) => {
+                    let text = format!("new tables do not replicate to {node} yet: {names}: {error}");
+                    self.tell_schema(node, "not joined", &text);
+                }
+            }
+        }
+        self.crew.unlock().await;
+        for (table, before) in &before {
+            let until = Instant::now() + TO_ARRIVE;
+            loop {
+                let apart = schema::rows_apart(table, before, &self.count(table).await);
+                match apart {
+                    Some(text) if Instant::now() >= until => {
+                        self.tell_schema(&self.context.config.nodes[0].name, "populate", &text);
+                        break;
+                    }
+                    Some(_) => sleep(SHORTEST_PAUSE).await,
+                    None => break,
+                }
+            }
+        }
+    }
+
+    /// Whether a table has rows, on each node that tells.
+    async fn count(&self, table: &str) -> Vec<(String, i64)> {
+        let names = self.crew.names();
+        let counts = names.iter().map(async |node| {
+            let row = self.crew.session(node)?.row(sql::COUNT_ROWS, &[&table, &1_i64], LOOK_BOUND).await?;
+            Ok::<_, NodeError>((node.clone(), row.get("counted")))
+        });
+        join_all(counts).await.into_iter().flatten().collect()
+    }
+
+    fn tell_schema(&self, node: &str, word: &str, text: &str) {
+        match word {
+            "joined" => tracing::info!(node, "{text}"),
+            _ => tracing::warn!(node, "{text}"),
+        }
+        let now = time(SystemTime::now());
+        if self.context.json {
+            print(&json!({"event": "schema", "at": now, "end": word, "text": text}).to_string());
+        } else {
+            print(&format!("{now} schema: {text}"));
+        }
     }
 
     fn tell(&self, node: &str, id: i64, outcome: &Outcome) {
@@ -231,7 +304,13 @@ impl<'a> Post<'a> {
             let locked = seat.session.row(sql::WATCH_LOCK, &[], LOOK_BOUND).await;
             seat.speaks = locked.is_ok_and(|row| row.get("locked"));
         }
-        let looked = sight::look(&seat.session, self.node, &mut seat.status_refused, LOOK_BOUND);
+        let looked = sight::look(
+            &seat.session,
+            self.node,
+            &self.context.config.publication,
+            &mut seat.status_refused,
+            LOOK_BOUND,
+        );
         match timeout(NODE_BOUND, looked).await {
             Ok(Ok(sight)) => {
                 self.failures = 0;
@@ -249,7 +328,7 @@ impl<'a> Post<'a> {
         let mut session = self.context.connector.connect(self.node, CONNECT_BOUND).await?;
         let notifications = session.notifications().unwrap_or_else(|| mpsc::channel(1).1);
         if listens {
-            match session.run(&format!("listen {CONFLICTS}"), LOOK_BOUND).await {
+            match session.run(&format!("listen {CONFLICTS}; listen {SCHEMA}"), LOOK_BOUND).await {
                 // A standby: it has no conflicts to tell of.
                 Err(error) if error.trouble == Trouble::Refused => tracing::debug!(%error, "cannot listen"),
                 result => result?,
@@ -316,6 +395,8 @@ struct Desk<'a> {
     certificates: Vec<inspect::Finding>,
     /// There are open conflicts, since they were last handed over.
     open: bool,
+    /// New tables that were handed over, and when.
+    joining: (BTreeMap<String, BTreeSet<String>>, Instant),
     status: String,
 }
 
@@ -334,6 +415,7 @@ impl<'a> Desk<'a> {
             heard: BTreeMap::new(),
             certificates: Vec::new(),
             open: false,
+            joining: (BTreeMap::new(), Instant::now()),
             status: String::new(),
         }
     }
@@ -369,11 +451,17 @@ impl<'a> Desk<'a> {
                     supervisor(&[NotifyState::Watchdog]);
                 },
             }
-            if self.open
+            let unjoined = schema::unjoined(&self.context.config, &self.views);
+            let new = !unjoined.is_empty() && (unjoined != self.joining.0 || self.joining.1.elapsed() > JOIN_AGAIN);
+            if (self.open || new)
                 && let Some(hands) = hands.take()
             {
                 self.open = false;
-                at_work = Some(Box::pin(hands.resolve()));
+                let handed = if new { unjoined.clone() } else { BTreeMap::new() };
+                at_work = Some(Box::pin(hands.mend(handed)));
+                if new {
+                    self.joining = (unjoined, Instant::now());
+                }
             }
         }
     }

@@ -1,0 +1,90 @@
+//! A table that was created with rows in it is filled on the other nodes once, one way, by choice.
+
+use anyhow::{Result, ensure};
+use stillebot_tests::cluster::DATABASE;
+use stillebot_tests::{Cluster, wait_until};
+
+use crate::PATIENCE;
+use crate::runs::agent;
+
+const TABLE: &str = "create table stillebot.songs (id bigint primary key, title text, cover bytea)";
+const ROWS: &str = "insert into stillebot.songs select i, 'song ' || i, decode(repeat('00ff', 50), 'hex') \
+                    from generate_series(1, 5000) i";
+
+/// Two nodes with a table that has rows on the first only.
+async fn begun() -> Result<Cluster> {
+    let cluster = Cluster::start().await?;
+    cluster.node("sikorsky").execute(DATABASE, &format!("{TABLE}; {ROWS}")).await?;
+    cluster.node("gideon").execute(DATABASE, TABLE).await?;
+    cluster.wait_replicated().await?;
+    Ok(cluster)
+}
+
+async fn count(cluster: &Cluster, node: &str) -> Result<i64> {
+    cluster.node(node).value(DATABASE, "select count(*) from stillebot.songs").await
+}
+
+#[tokio::test]
+async fn a_table_created_with_rows_is_copied_once_and_replicates_both_ways_from_then_on() -> Result<()> {
+    let cluster = begun().await?;
+    // Joined without its rows, as a refresh does.
+    agent(&cluster, &["refresh", "--json"]).await?.expect_code(0)?;
+    let dry = agent(&cluster, &["schema", "populate", "stillebot.songs", "--from", "sikorsky", "--dry-run", "--json"]);
+    let dry = dry.await?.expect_code(0)?;
+    ensure!(dry.json["outcome"] == "dry_run" && dry.json["rows"] == 5000, "{dry:?}");
+    ensure!(count(&cluster, "gideon").await? == 0);
+
+    // Written while it is copied: none is lost, none comes twice.
+    let writer = cluster.node("sikorsky").superuser(DATABASE).await?;
+    let writing = async {
+        for i in 0..200 {
+            let row = format!("insert into stillebot.songs values ({}, 'meanwhile')", 10_000 + i);
+            writer.batch_execute(&row).await?;
+        }
+        anyhow::Ok(())
+    };
+    let arguments = ["schema", "populate", "stillebot.songs", "--from", "sikorsky", "--json"];
+    let (written, run) = tokio::join!(writing, agent(&cluster, &arguments));
+    written?;
+    let run = run?.expect_code(0)?;
+    ensure!(run.json["outcome"] == "done", "{run:?}");
+    cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
+    ensure!(count(&cluster, "gideon").await? == 5200);
+
+    cluster.node("gideon").execute(DATABASE, "update stillebot.songs set title = 'new' where id = 7").await?;
+    cluster.node("sikorsky").execute(DATABASE, "delete from stillebot.songs where id = 8").await?;
+    cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
+
+    let again = agent(&cluster, &arguments).await?.expect_code(1)?;
+    ensure!(again.says("has 5199 rows on gideon and 5199 on sikorsky"), "{again:?}");
+    cluster.expect_log("terminating logical replication worker due to administrator command");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_node_that_is_down_is_populated_and_stays_down() -> Result<()> {
+    let cluster = begun().await?;
+    cluster.expect_log("terminating logical replication worker due to administrator command");
+    agent(&cluster, &["down", "gideon", "--json"]).await?.expect_code(0)?;
+    let run = agent(&cluster, &["schema", "populate", "stillebot.songs", "--from", "sikorsky", "--json"]).await?;
+    run.expect_code(0)?;
+    wait_until("the rows", PATIENCE, || async { Ok((count(&cluster, "gideon").await? == 5000).then_some(())) }).await?;
+    let state: String = cluster.node("gideon").value(DATABASE, "select state from stillebot_status()").await?;
+    ensure!(state == "down");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_table_that_is_not_alike_or_not_there_is_not_populated() -> Result<()> {
+    let cluster = begun().await?;
+    cluster.node("gideon").execute(DATABASE, "alter table stillebot.songs add column more text").await?;
+    let run = agent(&cluster, &["schema", "populate", "stillebot.songs", "--from", "sikorsky", "--json"]).await?;
+    let run = run.expect_code(1)?;
+    ensure!(run.says("column stillebot.songs.more: not on sikorsky"), "{run:?}");
+    ensure!(count(&cluster, "gideon").await? == 0);
+    let run = agent(&cluster, &["schema", "populate", "stillebot.none", "--from", "sikorsky", "--json"]).await?;
+    run.expect_code(2)?;
+    cluster.finish().await
+}
