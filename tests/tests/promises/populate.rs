@@ -28,8 +28,8 @@ async fn count(cluster: &Cluster, node: &str) -> Result<i64> {
 async fn a_table_created_with_rows_is_copied_once_and_replicates_both_ways_from_then_on() -> Result<()> {
     let cluster = begun().await?;
     // Joined without its rows, as a refresh does.
-    agent(&cluster, &["refresh", "--json"]).await?.expect_code(0)?;
-    let dry = agent(&cluster, &["schema", "populate", "stillebot.songs", "--from", "sikorsky", "--dry-run", "--json"]);
+    agent(&cluster, &["refresh"]).await?.expect_code(0)?;
+    let dry = agent(&cluster, &["schema", "populate", "stillebot.songs", "--from", "sikorsky", "--dry-run"]);
     let dry = dry.await?.expect_code(0)?;
     ensure!(dry.json["outcome"] == "dry_run" && dry.json["rows"] == 5000, "{dry:?}");
     ensure!(count(&cluster, "gideon").await? == 0);
@@ -43,7 +43,7 @@ async fn a_table_created_with_rows_is_copied_once_and_replicates_both_ways_from_
         }
         anyhow::Ok(())
     };
-    let arguments = ["schema", "populate", "stillebot.songs", "--from", "sikorsky", "--json"];
+    let arguments = ["schema", "populate", "stillebot.songs", "--from", "sikorsky"];
     let (written, run) = tokio::join!(writing, agent(&cluster, &arguments));
     written?;
     let run = run?.expect_code(0)?;
@@ -67,8 +67,8 @@ async fn a_table_created_with_rows_is_copied_once_and_replicates_both_ways_from_
 async fn a_node_that_is_down_is_populated_and_stays_down() -> Result<()> {
     let cluster = begun().await?;
     cluster.expect_log("terminating logical replication worker due to administrator command");
-    agent(&cluster, &["down", "gideon", "--json"]).await?.expect_code(0)?;
-    let run = agent(&cluster, &["schema", "populate", "stillebot.songs", "--from", "sikorsky", "--json"]).await?;
+    agent(&cluster, &["down", "gideon"]).await?.expect_code(0)?;
+    let run = agent(&cluster, &["schema", "populate", "stillebot.songs", "--from", "sikorsky"]).await?;
     run.expect_code(0)?;
     wait_until("the rows", PATIENCE, || async { Ok((count(&cluster, "gideon").await? == 5000).then_some(())) }).await?;
     let state: String = cluster.node("gideon").value(DATABASE, "select state from stillebot_status()").await?;
@@ -80,11 +80,11 @@ async fn a_node_that_is_down_is_populated_and_stays_down() -> Result<()> {
 async fn a_table_that_is_not_alike_or_not_there_is_not_populated() -> Result<()> {
     let cluster = begun().await?;
     cluster.node("gideon").execute(DATABASE, "alter table stillebot.songs add column more text").await?;
-    let run = agent(&cluster, &["schema", "populate", "stillebot.songs", "--from", "sikorsky", "--json"]).await?;
+    let run = agent(&cluster, &["schema", "populate", "stillebot.songs", "--from", "sikorsky"]).await?;
     let run = run.expect_code(1)?;
     ensure!(run.says("column stillebot.songs.more: not on sikorsky"), "{run:?}");
     ensure!(count(&cluster, "gideon").await? == 0);
-    let run = agent(&cluster, &["schema", "populate", "stillebot.none", "--from", "sikorsky", "--json"]).await?;
+    let run = agent(&cluster, &["schema", "populate", "stillebot.none", "--from", "sikorsky"]).await?;
     run.expect_code(2)?;
     cluster.finish().await
 }

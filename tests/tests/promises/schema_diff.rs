@@ -10,7 +10,7 @@ use crate::watch::Watch;
 
 /// The differences that `schema diff` tells, as `kind relation name`.
 async fn differences(cluster: &Cluster) -> Result<Vec<String>> {
-    let run = agent(cluster, &["schema", "diff", "--json"]).await?;
+    let run = agent(cluster, &["schema", "diff"]).await?;
     let found = run.json["differences"].as_array().with_context(|| format!("{run:?}"))?;
     ensure!(run.code == Some(if found.is_empty() { 0 } else { 1 }), "{run:?}");
     ensure!(run.json["alike"] == found.is_empty());
@@ -150,7 +150,7 @@ async fn the_statements_that_are_shown_make_the_schemas_alike() -> Result<()> {
 async fn a_node_that_cannot_be_asked_is_neither_alike_nor_different() -> Result<()> {
     let cluster = Cluster::start().await?;
     cluster.agent_link("gideon").cut().await?;
-    let run = agent(&cluster, &["schema", "diff", "--json"]).await?.expect_code(69)?;
+    let run = agent(&cluster, &["schema", "diff"]).await?.expect_code(69)?;
     ensure!(run.says("gideon"), "{run:?}");
     cluster.finish().await
 }
@@ -165,7 +165,7 @@ async fn a_difference_that_lasts_is_an_alarm_and_its_end_is_said() -> Result<()>
         let words = ["gideon with another schema since", "it is not that of sikorsky, see schema diff"];
         watch.hear(node, &words).await?;
     }
-    let once = agent(&cluster, &["watch", "--once", "--json"]).await?.expect_code(1)?;
+    let once = agent(&cluster, &["watch", "--once"]).await?.expect_code(1)?;
     ensure!(once.json["conditions"][0]["condition"] == "drift", "{once:?}");
     let status = cluster.agent(&["status"]).await?;
     ensure!(status.stdout.contains("the schemas differ, see schema diff: gideon"), "{status:?}");

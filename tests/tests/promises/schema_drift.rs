@@ -49,6 +49,9 @@ async fn a_table_made_by_hand_on_both_nodes_replicates_from_its_first_row() -> R
 #[tokio::test]
 async fn rows_from_before_a_table_replicated_are_said_to_be_missing() -> Result<()> {
     let (cluster, watch) = watched().await?;
+    // Rows of a table that is not there stop apply until it is, and then are left out.
+    cluster.expect_log("logical replication target relation \"stillebot.songs\" does not exist");
+    cluster.expect_log("exited with exit code 1");
     let with_rows = format!("{TABLE}; insert into stillebot.songs values (1, 'early')");
     cluster.node("sikorsky").execute(DATABASE, &with_rows).await?;
     cluster.node("gideon").execute(DATABASE, TABLE).await?;
@@ -74,7 +77,7 @@ async fn a_table_that_one_node_lacks_is_named_and_joined_when_it_is_there() -> R
 
 #[tokio::test]
 async fn a_change_of_the_schema_is_told_and_what_is_passing_is_not() -> Result<()> {
-    let server = Server::builder("sikorsky").start().await?;
+    let server = Server::builder("sikorsky").config("max_prepared_transactions", "0").start().await?;
     server.execute("postgres", "create extension stillebot").await?;
     let mut listener = server.listen("postgres", "postgres").await?;
     listener.client.batch_execute("listen stillebot_schema").await?;
@@ -91,10 +94,8 @@ async fn a_change_of_the_schema_is_told_and_what_is_passing_is_not() -> Result<(
         ("drop table public.t", "DROP TABLE public.t"),
     ] {
         session.batch_execute(statement).await?;
-        let heard = wait_until(told, PATIENCE, || async { Ok(Some(())) });
-        heard.await?;
         loop {
-            let notification = listener.notifications.recv().await;
+            let notification = tokio::time::timeout(PATIENCE, listener.notifications.recv()).await?;
             let payload = notification.map(|notification| notification.payload().to_owned()).unwrap_or_default();
             ensure!(!payload.contains("pg_temp"), "{payload}");
             if payload.contains(told) {
