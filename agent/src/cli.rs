@@ -126,7 +126,7 @@ pub enum Command {
     /// Puts renewed certificates where they are used, and shows how all certificates in use stand.
     #[command(subcommand)]
     Certs(Certs),
-    /// Changes tables and the like on all nodes at once.
+    /// Changes tables and the like on all nodes at once, compares them, and fills new tables.
     #[command(subcommand)]
     Schema(Schema),
     /// Shows where keys from sequences could be handed out twice, and gives each node keys of its own.
@@ -158,10 +158,6 @@ pub enum Sequences {
         #[arg(long, value_name = "before:STEP|after:STEP", hide = true, value_parser = pause_at_stride)]
         pause_at: Option<PauseAt>,
     },
-    /// Compares tables and the like between the nodes.
-    /// Compares tables and the like between the nodes, and fills new tables.
-    #[command(subcommand)]
-    Schema(Schema),
 }
 
 /// The commands under `schema`.
@@ -178,6 +174,29 @@ pub enum Schema {
     /// maintenance window for the role on each.
     #[command(after_help = SCHEMA_HELP)]
     Run(SchemaRun),
+    /// Shows what is not alike on all nodes: tables, columns, constraints, indexes, triggers, functions, sequences, replica
+    /// identities, publications, views and types. Exit code 0 if all is, 1 if not.
+    Diff {
+        /// Print the statements that make what a node lacks.
+        #[arg(long)]
+        ddl: bool,
+    },
+    /// Copies the rows of a table to the nodes where it is empty, once and one way: for a table that was created with rows in it.
+    ///
+    /// What is written meanwhile replicates as always; nothing of the copy travels back.
+    Populate {
+        /// The table, with its schema.
+        table: String,
+        /// The node whose rows the others get.
+        #[arg(long, value_name = "NODE")]
+        from: String,
+        /// How long the copy may take; it goes on by itself afterwards.
+        #[arg(long, value_name = "TIME", default_value = "10m", value_parser = patience)]
+        timeout: Duration,
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 const SCHEMA_HELP: &str = "The agent's own role must be allowed to act as the role of `schema apply`: grant ROLE to AGENT with \
@@ -244,29 +263,6 @@ fn window(text: &str) -> Result<Duration, String> {
         return Err("must be 1s to 1day".into());
     }
     Ok(duration)
-    /// Shows what is not alike on all nodes: tables, columns, constraints, indexes, triggers, functions, sequences, replica
-    /// identities, publications, views and types. Exit code 0 if all is, 1 if not.
-    Diff {
-        /// Print the statements that make what a node lacks.
-        #[arg(long)]
-        ddl: bool,
-    },
-    /// Copies the rows of a table to the nodes where it is empty, once and one way: for a table that was created with rows in it.
-    ///
-    /// What is written meanwhile replicates as always; nothing of the copy travels back.
-    Populate {
-        /// The table, with its schema.
-        table: String,
-        /// The node whose rows the others get.
-        #[arg(long, value_name = "NODE")]
-        from: String,
-        /// How long the copy may take; it goes on by itself afterwards.
-        #[arg(long, value_name = "TIME", default_value = "10m", value_parser = patience)]
-        timeout: Duration,
-        /// Say what would be done, and do nothing.
-        #[arg(long)]
-        dry_run: bool,
-    },
 }
 
 /// The commands under `certs`.

@@ -403,7 +403,7 @@ mod tests {
     #[test]
     fn rows_from_before_a_table_replicated_are_told() {
         let counts = |a, b| [("a".to_owned(), a), ("b".to_owned(), b)];
-        let apart = |before, after| rows_apart("t", &before, &after);
+        let apart = |before: [_; 2], after: [_; 2]| rows_apart("t", &before, &after);
         assert_eq!(apart(counts(0, 0), counts(0, 0)), None);
         assert_eq!(apart(counts(0, 0), counts(1, 1)), None, "written afterwards, and there");
         let populate = "table t had rows on a before it replicated: schema populate t --from a";
