@@ -7,6 +7,7 @@ mod answers;
 mod certbot;
 mod certs;
 mod check;
+mod clients;
 mod conflicts;
 mod connection;
 mod contract;
