@@ -7,6 +7,7 @@ use stillebot_tests::{Host, log_check, wait_until};
 
 mod packages;
 mod pair;
+mod scenes;
 
 /// The packages that `make deb` has made of this version.
 fn packages() -> Result<Vec<PathBuf>> {

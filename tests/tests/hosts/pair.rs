@@ -11,11 +11,11 @@ use stillebot_tests::{Authority, Host, wait_until};
 use crate::{check_log, create_cluster, install};
 
 /// Where a host's certificates are, and what PostgreSQL is told of them.
-const CLUSTER: &str = "/etc/postgresql/17/main";
+pub const CLUSTER: &str = "/etc/postgresql/17/main";
 const ADDRESSES: [(&str, &str); 2] = [("sikorsky", "10.99.0.1"), ("gideon", "10.99.0.2")];
 
 /// Two hosts on one cable, with names that resolve; gideon's also to an IPv6 address that leads nowhere.
-async fn hosts() -> Result<[Host; 2]> {
+pub async fn hosts() -> Result<[Host; 2]> {
     let hosts = [Host::start("sikorsky").await?, Host::start("gideon").await?];
     hosts[0].connect(ADDRESSES[0].1, &hosts[1], ADDRESSES[1].1)?;
     for host in &hosts {
@@ -39,7 +39,7 @@ fn place(host: &Host, path: &str, content: &[u8], owner: &str) -> Result<()> {
 }
 
 /// Step 1 to 3 of the README.
-async fn furnish(host: &Host, authority: &Authority) -> Result<()> {
+pub async fn furnish(host: &Host, authority: &Authority) -> Result<()> {
     install(host)?;
     create_cluster(host).await?;
     let name = format!("{}.example.net", host.name());
@@ -101,7 +101,7 @@ pg_ctlcluster 17 main restart"
 }
 
 /// A command of the agent as the unit's user would give it.
-fn agent(host: &Host, arguments: &str) -> Result<String> {
+pub fn agent(host: &Host, arguments: &str) -> Result<String> {
     host.run(&format!("setpriv --reuid=stillebot --regid=stillebot --clear-groups stillebot-agent {arguments}"))
 }
 
