@@ -102,6 +102,12 @@ impl Host {
         children.split_whitespace().next()?.parse().ok().map(Pid::from_raw)
     }
 
+    /// Its network namespace, as nsenter takes it.
+    pub fn network(&self) -> Result<PathBuf> {
+        let init = self.init().with_context(|| format!("{} does not run", self.name))?;
+        Ok(PathBuf::from(format!("/proc/{init}/ns/net")))
+    }
+
     /// A command on the host, to be started.
     pub fn command(&self, script: &str) -> Result<Command> {
         let init = self.init().with_context(|| format!("{} does not run", self.name))?;

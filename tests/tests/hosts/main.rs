@@ -5,6 +5,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context, Result, ensure};
 use stillebot_tests::{Host, log_check, wait_until};
 
+mod cable;
 mod packages;
 mod pair;
 mod scenes;

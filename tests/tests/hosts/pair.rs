@@ -12,7 +12,7 @@ use crate::{check_log, create_cluster, install};
 
 /// Where a host's certificates are, and what PostgreSQL is told of them.
 pub const CLUSTER: &str = "/etc/postgresql/17/main";
-const ADDRESSES: [(&str, &str); 2] = [("sikorsky", "10.99.0.1"), ("gideon", "10.99.0.2")];
+pub const ADDRESSES: [(&str, &str); 2] = [("sikorsky", "10.99.0.1"), ("gideon", "10.99.0.2")];
 
 /// Two hosts on one cable, with names that resolve; gideon's also to an IPv6 address that leads nowhere.
 pub async fn hosts() -> Result<[Host; 2]> {

@@ -1,11 +1,10 @@
 //! What befalls a pair of whole hosts, one thing after the other, while both are written and both have their agent running:
-//! the cable, lost packets, a clock, a renewed certificate, a hop that is cut off at every step. After each: nothing is lost, both
-//! databases are the same, and status has nothing to say.
-//!
-//! The cable is cut, and loses packets, in the hosts' own packet filters: what arrives by it is thrown away.
+//! the cable, a clock, a renewed certificate, packets that are late or lost, a hop that is cut off at every step. After each:
+//! nothing is lost, both databases are the same, and status has nothing to say.
 
 use std::fs;
 use std::process::{Child, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::{sys::signal, unistd::Pid};
@@ -13,32 +12,9 @@ use stillebot_agent::hop::STEPS;
 use stillebot_tests::wait::PATIENCE;
 use stillebot_tests::{Authority, Host, wait_until};
 
-use crate::pair::{CLUSTER, agent, furnish, hosts};
+use crate::cable::{self, Cable, set};
+use crate::pair::{ADDRESSES, CLUSTER, agent, furnish, hosts};
 use crate::{check_log, start_cluster};
-
-/// How much of what a cable carries is lost.
-#[derive(Clone, Copy)]
-enum Cable {
-    Whole,
-    /// One packet in twenty, each way.
-    Poor,
-    Cut,
-}
-
-fn set(hosts: &[Host; 2], cable: Cable) -> Result<()> {
-    let lost = match cable {
-        Cable::Whole => "nft flush ruleset",
-        Cable::Poor => "nft add rule inet cable end iifname eth0 numgen random mod 100 '<' 5 drop",
-        Cable::Cut => "nft add rule inet cable end iifname eth0 drop",
-    };
-    for host in hosts {
-        host.run(&format!(
-            "nft flush ruleset; nft add table inet cable
-             nft add chain inet cable end '{{ type filter hook input priority 0; }}'; {lost}"
-        ))?;
-    }
-    Ok(())
-}
 
 /// Starts `watch` as the package's unit would: its command line, as its user. The sandbox of the unit takes a systemd.
 fn serve(host: &Host) -> Result<Child> {
@@ -149,6 +125,8 @@ async fn hop_cut_off(hosts: &[Host; 2], (from, to): (usize, usize), step: &str) 
         async move { Ok(ended.map(drop)) }
     })
     .await?;
+    let code = ended.and_then(|status| status.code());
+    ensure!(matches!(code, Some(0 | 1 | 3 | 69)), "the exit code of a hop without its cable is {code:?}");
     let both = is_up(source)? && is_up(target)?;
     ensure!(!both, "both are writable");
     set(hosts, Cable::Whole)?;
@@ -250,13 +228,24 @@ END"
     wait_written(gideon).await?;
     assert_well(&hosts).await.context("after the renewal")?;
 
-    // One writable side from here on. Packets are lost while it moves.
+    // One writable side from here on. Packets are lost while it moves, then late, then both.
     agent(sikorsky, "hop sikorsky")?;
     set(&hosts, Cable::Poor)?;
     hop(sikorsky, gideon).await.context("with packets lost")?;
     hop(gideon, sikorsky).await.context("with packets lost")?;
+    ensure!(cable::lost(sikorsky)? > 0 && cable::lost(gideon)? > 0, "no packet was lost");
     set(&hosts, Cable::Whole)?;
     assert_well(&hosts).await.context("after lost packets")?;
+    let detour = cable::Detour::lay(&hosts, ADDRESSES.map(|(_, address)| address), Duration::from_millis(100)).await?;
+    for cable in [Cable::Whole, Cable::Poor] {
+        set(&hosts, cable)?;
+        hop(sikorsky, gideon).await.context("with packets late")?;
+        hop(gideon, sikorsky).await.context("with packets late")?;
+    }
+    set(&hosts, Cable::Whole)?;
+    assert_well(&hosts).await.context("with packets late")?;
+    detour.remove(&hosts)?;
+    assert_well(&hosts).await.context("after late packets")?;
 
     let mut at = 0;
     for step in STEPS {
