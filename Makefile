@@ -27,7 +27,7 @@ help:
 	@echo 'make demo                 two live servers, hopped between under load; KEEP=1 leaves them running'
 	@echo 'make test                 proves every promise, on real servers'
 	@echo 'make test-versions        the same on each PostgreSQL of VERSIONS="16 18", and pairs of two versions'
-	@echo 'make test-hosts           the Debian packages, on whole Debian 13 hosts that it makes; root only'
+	@echo 'make test-hosts           the packages, and a pair that much befalls, on whole Debian 13 hosts that it makes; root only'
 	@echo 'make fuzz                 the decoder of replication messages, against noise; SECONDS=60'
 	@echo 'make bench                figures, as ratios to plain PostgreSQL; SUBJECTS="pgbench hops apply conflicts"'
 	@echo 'make setup                packages and a PostgreSQL >= 16 (the other targets call it); PG_CONFIG=... or POSTGRESQL=18 chooses'
