@@ -568,19 +568,23 @@ declare
 begin
     -- What is written here is written of this node only, and it may be down.
     perform multihome.begin_local('multihome.copy_table()');
-    perform from pg_subscription_rel r where r.srsubid = source and r.srrelid = target and r.srsubstate = 'r';
-    if not found then
+    if source is null or target is null or exists (select from pg_subscription_rel r
+                                                    where r.srsubid = source and r.srrelid = target and r.srsubstate <> 'r') then
         raise object_not_in_prerequisite_state using
-            message = format('table %s is not replicated by subscription %s, or is being copied', quote_nullable(relation), quote_nullable(subscription)),
-            hint = 'ALTER SUBSCRIPTION .. REFRESH PUBLICATION WITH (copy_data = false), or wait for the end of the copy.';
+            message = format('there is no table %s, no subscription %s, or the one is being copied by the other', quote_nullable(relation), quote_nullable(subscription)),
+            hint = 'Name the table with its schema, and wait for the end of a copy.';
     end if;
     -- Keeps the apply worker from the table until this is committed.
     execute format('lock table %s in share row exclusive mode', target::regclass);
     if multihome.count_rows(relation, 1) > 0 then
         raise object_not_in_prerequisite_state using message = format('table %s has rows', relation),
-            hint = 'Only an empty table is populated. Which rows are right, only you can say.';
+            hint = 'Only an empty table is populated. Rows that are deleted here are deleted on the other nodes, too.';
     end if;
     update pg_subscription_rel set srsubstate = 'i', srsublsn = null where srsubid = source and srrelid = target;
+    if not found then
+        -- New to the subscription. With a refresh before, rows written since then might be here before the copy.
+        insert into pg_subscription_rel (srsubid, srrelid, srsubstate) values (source, target, 'i');
+    end if;
     -- A worker that knew the table as ready would go on to apply to it. The next one cannot have opened it before the commit.
     for worker in select w.pid from pg_stat_subscription w where w.subid = source and w.relid is null and w.pid is not null loop
         perform pg_terminate_backend(worker, 10000);
@@ -589,5 +593,5 @@ begin
 end $$;
 revoke execute on function multihome.copy_table(text, text) from public;
 comment on function multihome.copy_table(text, text) is
-'Has the rows of a table copied once more from the publisher of a subscription, by that subscription''s own initial copy: consistent with what replicates meanwhile, and nothing of it travels on. Refused unless the table is empty here.
+'Has the rows of a table copied, once more if need be, from the publisher of a subscription, by that subscription''s own initial copy: consistent with what replicates meanwhile, and nothing of it travels on. Refused unless the table is empty here.
 Ends the apply worker; multihome.restart_apply() has the next one started at once.';

@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 
 use crate::config::{Config, Node};
 use crate::node::{NodeError, Session, Trouble};
-use crate::sql;
 use crate::watchdog::Views;
+use crate::{quote, sql};
 
 /// What can be alike or not. Names are quoted and qualified as SQL wants them.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -146,6 +146,21 @@ pub fn mend(nodes: &[(String, Schema)], differences: &[Difference]) -> BTreeMap<
         .collect()
 }
 
+/// The table that an error of apply is about, qualified and quoted, if it says that the table, or a column of it, is missing.
+pub fn lacking(message: &str) -> Option<String> {
+    let (table, rest) = message.strip_prefix("logical replication target relation \"")?.split_once("\" ")?;
+    let (schema, table) = table.split_once('.')?;
+    let lacks = rest == "does not exist" || rest.starts_with("is missing replicated column");
+    lacks.then(|| format!("{}.{}", quote::name(schema), quote::name(table)))
+}
+
+/// The statements that make on a node what it lacks of one table.
+pub fn mend_table(nodes: &[(String, Schema)], node: &str, table: &str) -> Vec<String> {
+    let mut differences = compare(nodes);
+    differences.retain(|difference| difference.object.name == table || difference.object.relation == table);
+    mend(nodes, &differences).remove(node).unwrap_or_default()
+}
+
 /// In which order things are made; what is not here has no statement.
 const ORDER: [&str; 11] = [
     "schema",
@@ -263,7 +278,7 @@ pub fn rows_apart(table: &str, before: &[(String, i64)], after: &[(String, i64)]
             "table {table} had rows on {node} before it replicated: schema populate {table} --from {node}"
         )),
         nodes => Some(format!(
-            "table {table} had rows on {} before it replicated: empty it on all but one, then schema populate",
+            "table {table} had rows on {} before it replicated: compare them, and copy by hand what is missing",
             nodes.join(" and ")
         )),
     }
@@ -364,6 +379,20 @@ mod tests {
         let texts: Vec<String> = differences.iter().map(ToString::to_string).collect();
         assert_eq!(texts, ["column s.t.more: not on b", "column s.t.n: differs\n    a: text\n    b: integer"]);
         assert_eq!(mend(&nodes, &differences)["b"], ["alter table s.t add column more jsonb;"]);
+    }
+
+    #[test]
+    fn an_error_of_apply_that_drift_explains_has_the_statements_that_mend_it() {
+        let lacks = |rest: &str| lacking(&format!("logical replication target relation \"s.My T\" {rest}"));
+        assert_eq!(lacks("does not exist").as_deref(), Some("s.\"My T\""));
+        assert_eq!(lacks("is missing replicated columns: \"a\", \"b\"").as_deref(), Some("s.\"My T\""));
+        assert_eq!(lacks("has neither REPLICA IDENTITY index nor PRIMARY KEY"), None);
+        assert_eq!(lacking("duplicate key value violates unique constraint \"t_pkey\""), None);
+        let table = ("table", "", "s.t", "");
+        let nodes =
+            pair(with(&[table, ("column", "s.t", "more", "jsonb"), ("table", "", "s.other", "")]), with(&[table]));
+        assert_eq!(mend_table(&nodes, "b", "s.t"), ["alter table s.t add column more jsonb;"]);
+        assert!(mend_table(&nodes, "a", "s.t").is_empty());
     }
 
     #[test]

@@ -20,6 +20,7 @@ use crate::failure::{Failure, Kind};
 use crate::node::{NodeError, Trouble};
 use crate::resolve::{self, Course, Step, Wish};
 use crate::resolver::{self, COUNTERPART_BOUND, Deed, Work};
+use crate::schema;
 use crate::sql;
 use crate::stop::Limits;
 
@@ -192,10 +193,27 @@ async fn show(context: &Context, id: &ConflictId) -> Result<Reply, Failure> {
             let _ = writeln!(text, "  {command}\n      {effect}");
         }
     }
+    let (ddl, flaw_of_ddl) = match ddl(context, &conflict).await {
+        Ok(ddl) => (ddl, None),
+        Err(failure) => (Vec::new(), Some(failure.to_string())),
+    };
+    if !ddl.is_empty() {
+        let _ = write!(text, "\nwhat would mend it, on {}:\n{}\n", conflict.node, ddl.join("\n"));
+    }
+    if let Some(flaw) = &flaw_of_ddl {
+        let _ = writeln!(text, "\nwhat would mend it is not known: {flaw}");
+    }
     let ways: Vec<Value> = ways.iter().map(|(command, effect)| json!({"command": command, "effect": effect})).collect();
     let json = json!({"command": "conflicts show", "conflict": conflict, "changes": changes, "changes_error": flaw,
-        "ways": ways});
+        "ways": ways, "ddl": ddl, "ddl_error": flaw_of_ddl});
     Ok(Reply::done(text, json))
+}
+
+/// The statements that make what its node lacks, if that is what stops it.
+async fn ddl(context: &Context, conflict: &Conflict) -> Result<Vec<String>, Failure> {
+    let table = conflict.message.as_deref().filter(|_| conflict.is_open()).and_then(schema::lacking);
+    let Some(table) = table else { return Ok(Vec::new()) };
+    Ok(schema::mend_table(&super::schema::read(context).await?, &conflict.node, &table))
 }
 
 /// Everything about it that is not a row.

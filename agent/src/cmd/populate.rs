@@ -50,7 +50,10 @@ pub async fn run(context: &Context, wish: &Wish<'_>, dry_run: bool) -> Result<Re
                 Kind::Undone,
                 format!("table {table} has {there} rows on {target} and {rows} on {from}; nothing was changed"),
             )
-            .hint("only an empty table is populated: which rows are right, only you can say"));
+            .hint(
+                "only an empty table is populated, and rows that are deleted on one node are deleted on all: copy what is \
+                 missing by hand",
+            ));
         }
     }
     let json = |outcome: &str| json!({"command": "schema populate", "outcome": outcome, "table": table, "from": from, "nodes": targets, "rows": rows});
@@ -64,14 +67,17 @@ pub async fn run(context: &Context, wish: &Wish<'_>, dry_run: bool) -> Result<Re
     let until = Instant::now() + timeout;
     let subscription = context.config.subscription_to(from);
     for target in &targets {
-        if !is_in(&crew, context, target, table, "subscriptions", &subscription).await? {
-            refresh::node_of(&mut crew, target).await?;
-        }
         let session = crew.session(target)?;
         session.run("set default_transaction_read_only = off", LOOK_BOUND).await?;
         session.rows(sql::COPY_TABLE, &[&table, &subscription], START_BOUND).await?;
         session.rows(sql::RESTART_APPLY, &[&subscription], LOOK_BOUND).await?;
-        while !is_in(&crew, context, target, table, "ready", &subscription).await? {
+    }
+    // The other directions have nothing to copy.
+    for node in crew.names() {
+        refresh::node_of(&mut crew, &node).await?;
+    }
+    for target in &targets {
+        while !is_ready(&crew, context, target, table, &subscription).await? {
             let signal = context.signals.received();
             if signal.is_none() && Instant::now() < until {
                 sleep(PAUSE).await;
@@ -116,18 +122,17 @@ async fn count(crew: &Crew<'_>, node: &str, table: &str) -> Result<i64, NodeErro
     Ok(row.get("counted"))
 }
 
-/// Whether a table is among those of a subscription, in a column of `sql/tables.sql`.
-async fn is_in(
+/// Whether a table has been copied by a subscription of a node, and replicates.
+async fn is_ready(
     crew: &Crew<'_>,
     context: &Context,
     node: &str,
     table: &str,
-    column: &str,
     subscription: &str,
 ) -> Result<bool, NodeError> {
     let rows = crew.session(node)?.rows(sql::TABLES, &[&context.config.publication], LOOK_BOUND).await?;
     Ok(rows.iter().any(|row| {
         row.get::<_, String>("name") == table
-            && row.get::<_, Vec<String>>(column).iter().any(|known| known == subscription)
+            && row.get::<_, Vec<String>>("ready").iter().any(|known| known == subscription)
     }))
 }

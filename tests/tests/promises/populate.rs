@@ -14,6 +14,11 @@ const ROWS: &str = "insert into stillebot.songs select i, 'song ' || i, decode(r
 /// Two nodes with a table that has rows on the first only.
 async fn begun() -> Result<Cluster> {
     let cluster = Cluster::start().await?;
+    // Rows of a table that is not there stop apply until it is, and then are left out.
+    cluster.expect_log("logical replication target relation \"stillebot.songs\" does not exist");
+    cluster.expect_log("exited with exit code 1");
+    // The worker that is ended for the copy may not have let go when the next one starts, which tries again.
+    cluster.expect_log("is already active for PID");
     cluster.node("sikorsky").execute(DATABASE, &format!("{TABLE}; {ROWS}")).await?;
     cluster.node("gideon").execute(DATABASE, TABLE).await?;
     cluster.wait_replicated().await?;
@@ -27,8 +32,6 @@ async fn count(cluster: &Cluster, node: &str) -> Result<i64> {
 #[tokio::test]
 async fn a_table_created_with_rows_is_copied_once_and_replicates_both_ways_from_then_on() -> Result<()> {
     let cluster = begun().await?;
-    // Joined without its rows, as a refresh does.
-    agent(&cluster, &["refresh"]).await?.expect_code(0)?;
     let dry = agent(&cluster, &["schema", "populate", "stillebot.songs", "--from", "sikorsky", "--dry-run"]);
     let dry = dry.await?.expect_code(0)?;
     ensure!(dry.json["outcome"] == "dry_run" && dry.json["rows"] == 5000, "{dry:?}");
@@ -67,6 +70,8 @@ async fn a_table_created_with_rows_is_copied_once_and_replicates_both_ways_from_
 async fn a_node_that_is_down_is_populated_and_stays_down() -> Result<()> {
     let cluster = begun().await?;
     cluster.expect_log("terminating logical replication worker due to administrator command");
+    // Joined without its rows, as a refresh does.
+    agent(&cluster, &["refresh"]).await?.expect_code(0)?;
     agent(&cluster, &["down", "gideon"]).await?.expect_code(0)?;
     let run = agent(&cluster, &["schema", "populate", "stillebot.songs", "--from", "sikorsky"]).await?;
     run.expect_code(0)?;

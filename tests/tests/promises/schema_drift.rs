@@ -76,6 +76,30 @@ async fn a_table_that_one_node_lacks_is_named_and_joined_when_it_is_there() -> R
 }
 
 #[tokio::test]
+async fn what_stops_apply_for_lack_of_a_column_or_table_is_shown_with_the_statement_that_mends_it() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    cluster.expect_log("is missing replicated column");
+    cluster.expect_log("exited with exit code 1");
+    let sikorsky = cluster.node("sikorsky");
+    sikorsky.execute(DATABASE, "alter table stillebot.raids add column note text").await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.raids (fromid, toid, note) values (1, 2, 'x')").await?;
+    let gideon = cluster.node("gideon");
+    let id: i64 = wait_until("the row of the log", PATIENCE, || async {
+        let query = "select coalesce(max(id), 0) from multihome.conflicts where sqlstate = '55000' and status = 'open'";
+        let id: i64 = gideon.value(DATABASE, query).await?;
+        Ok((id > 0).then_some(id))
+    })
+    .await?;
+    let name = format!("gideon/{id}");
+    let shown = cluster.agent(&["conflicts", "show", &name, "--json"]).await?.expect_code(0)?.json()?;
+    ensure!(shown["ddl"][0] == "alter table stillebot.raids add column note text;", "{shown}");
+    gideon.execute(DATABASE, "alter table stillebot.raids add column note text").await?;
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    cluster.assert_identical().await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
 async fn a_change_of_the_schema_is_told_and_what_is_passing_is_not() -> Result<()> {
     let server = Server::builder("sikorsky").config("max_prepared_transactions", "0").start().await?;
     server.execute("postgres", "create extension stillebot").await?;
