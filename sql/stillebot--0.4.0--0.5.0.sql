@@ -519,7 +519,7 @@ begin
     else
         select string_agg(c.object_identity, ', ') into names
           from pg_event_trigger_ddl_commands() c
-         where not c.in_extension and c.object_type <> 'subscription' and c.schema_name is distinct from 'pg_temp';
+         where not c.in_extension and c.schema_name is distinct from 'pg_temp';
     end if;
     if names is not null then
         perform pg_notify('stillebot_schema', left(concat_ws(' ', tg_tag, names), 1900));
@@ -531,9 +531,19 @@ revoke execute on function multihome.tell_schema_change() from public;
 comment on function multihome.tell_schema_change() is
 'NOTIFY stillebot_schema with the command and the names of what it changed, unless that is temporary or an extension''s. Tells nothing where max_prepared_transactions is not 0.';
 
-create event trigger stillebot_schema_changed on ddl_command_end execute function multihome.tell_schema_change();
+-- Commands about subscriptions are none of it: they pass in a database that is down, where a trigger could not.
+create event trigger stillebot_schema_changed on ddl_command_end
+    when tag in ('CREATE SCHEMA', 'CREATE TABLE', 'CREATE TABLE AS', 'SELECT INTO', 'CREATE INDEX', 'CREATE SEQUENCE', 'CREATE FUNCTION', 'CREATE PROCEDURE',
+                 'CREATE AGGREGATE', 'CREATE TRIGGER', 'CREATE TYPE', 'CREATE DOMAIN', 'CREATE VIEW', 'CREATE MATERIALIZED VIEW', 'CREATE FOREIGN TABLE',
+                 'CREATE POLICY', 'CREATE PUBLICATION',
+                 'ALTER SCHEMA', 'ALTER TABLE', 'ALTER INDEX', 'ALTER SEQUENCE', 'ALTER FUNCTION', 'ALTER PROCEDURE', 'ALTER AGGREGATE', 'ALTER TRIGGER',
+                 'ALTER TYPE', 'ALTER DOMAIN', 'ALTER VIEW', 'ALTER MATERIALIZED VIEW', 'ALTER FOREIGN TABLE', 'ALTER POLICY', 'ALTER PUBLICATION')
+    execute function multihome.tell_schema_change();
 comment on event trigger stillebot_schema_changed is 'NOTIFY stillebot_schema: the schema has changed.';
-create event trigger stillebot_schema_dropped on sql_drop execute function multihome.tell_schema_change();
+create event trigger stillebot_schema_dropped on sql_drop
+    when tag in ('DROP SCHEMA', 'DROP TABLE', 'DROP INDEX', 'DROP SEQUENCE', 'DROP FUNCTION', 'DROP PROCEDURE', 'DROP ROUTINE', 'DROP AGGREGATE', 'DROP TRIGGER',
+                 'DROP TYPE', 'DROP DOMAIN', 'DROP VIEW', 'DROP MATERIALIZED VIEW', 'DROP FOREIGN TABLE', 'DROP POLICY', 'DROP PUBLICATION', 'DROP OWNED')
+    execute function multihome.tell_schema_change();
 comment on event trigger stillebot_schema_dropped is 'NOTIFY stillebot_schema: something of the schema was dropped.';
 
 -- A table that has rows on one node before it replicates.

@@ -359,11 +359,19 @@ async fn a_subscription_that_is_disabled_or_gone_is_told() -> Result<()> {
 
 #[tokio::test]
 async fn apply_that_fails_again_and_again_is_erroring_and_not_disconnected() -> Result<()> {
-    let (cluster, watch) = watched().await?;
+    let cluster = Cluster::start().await?;
+    cluster.configure_agent(CONFIGURATION)?;
+    // The same on both nodes, or it would be drift; only one refuses.
+    let constraint = "alter table stillebot.config add constraint no
+                      check (keyword <> 'no' or current_setting('test.refuses', true) is distinct from 'on')";
+    for node in cluster.nodes() {
+        node.execute(DATABASE, constraint).await?;
+    }
+    let gideon = cluster.node("gideon");
+    gideon.config(&[("test.refuses", "on")]).await?;
+    let watch = Watch::start(&cluster).await?;
     cluster.expect_log(" 23514 ");
     cluster.expect_log("terminated by exit code");
-    let gideon = cluster.node("gideon");
-    gideon.execute(DATABASE, "alter table stillebot.config add constraint no check (keyword <> 'no')").await?;
     write(&cluster, "sikorsky", "no").await?;
     watch.hear("gideon", &["sikorsky -> gideon erroring since 2"]).await?;
     // Long enough for a few more attempts, between which there is no worker.
@@ -373,7 +381,7 @@ async fn apply_that_fails_again_and_again_is_erroring_and_not_disconnected() -> 
         Ok((gideon.value::<i64>(DATABASE, counted).await? > before + 3).then_some(()))
     })
     .await?;
-    gideon.execute(DATABASE, "alter table stillebot.config drop constraint no").await?;
+    gideon.config(&[("test.refuses", "off")]).await?;
     watch.hear("gideon", &["well again: was erroring"]).await?;
     watch.hear("sikorsky", &["well again: was erroring"]).await?;
     watch.assert_heard(&BOTH, &["erroring since", "well again"])?;
