@@ -1,2 +1,2 @@
--- The same on two nodes exactly if their schemas are; none from an extension that is older, or where the agent may not ask.
+-- The same on two nodes exactly if their schemas are. See schema_tells.sql.
 select multihome.schema_fingerprint() as fingerprint

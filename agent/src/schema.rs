@@ -303,14 +303,10 @@ pub async fn read(session: &Session, bound: Duration) -> Result<Schema, NodeErro
 
 /// Asks a node for the fingerprint of its schema; none if it cannot tell.
 pub async fn fingerprint(session: &Session, bound: Duration) -> Result<Option<String>, NodeError> {
-    match session.row(sql::SCHEMA_FINGERPRINT, &[], bound).await {
-        Ok(row) => Ok(row.get("fingerprint")),
-        Err(error) if error.trouble == Trouble::Refused => {
-            tracing::debug!(%error, "no fingerprint of the schema");
-            Ok(None)
-        }
-        Err(error) => Err(error),
+    if !session.row(sql::SCHEMA_TELLS, &[], bound).await?.get::<_, bool>("tells") {
+        return Ok(None);
     }
+    Ok(Some(session.row(sql::SCHEMA_FINGERPRINT, &[], bound).await?.get("fingerprint")))
 }
 
 #[cfg(test)]

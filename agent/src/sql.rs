@@ -58,6 +58,7 @@ queries! {
     RESTART_APPLY = "restart_apply.sql";
     SCHEMA = "schema.sql";
     SCHEMA_FINGERPRINT = "schema_fingerprint.sql";
+    SCHEMA_TELLS = "schema_tells.sql";
     SELF = "self.sql";
     SENDERS = "senders.sql";
     SEQUENCES = "sequences.sql";
