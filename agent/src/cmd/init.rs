@@ -415,12 +415,13 @@ impl<'a> Work<'a> {
         tokio::pin!(making);
         let until = Instant::now() + patience;
         let mut told = String::new();
-        let stopped = loop {
+        let (ended, mut failure) = loop {
             tokio::select! {
-                made = &mut making => break made.map_err(Failure::from),
-                signal = self.context.signals.wait() => {
-                    break Err(admin::stopped(signal));
-                }
+                made = &mut making => match made {
+                    Ok(()) => return Ok(()),
+                    Err(error) => break (true, error.into()),
+                },
+                signal = self.context.signals.wait() => break (false, admin::stopped(signal)),
                 () = sleep(Duration::from_millis(500)) => {
                     let waiting = source.rows(sql::SETUP_WAITING, &[&slot], LOOK_BOUND).await?;
                     let waiting: Vec<String> = waiting.iter().map(|row| row.get("who")).collect();
@@ -434,21 +435,25 @@ impl<'a> Work<'a> {
                             "{node}: the slot {slot} on {publisher} was not made within {}", humantime::format_duration(patience)
                         );
                         let failure = Failure::new(Kind::Undone, message);
-                        break Err(match told.as_str() {
+                        let failure = match told.as_str() {
                             "" => failure.hint(format!("look into the logs of {node} and {publisher}; then run init again")),
                             told => failure
                                 .detail(format!("a slot has to wait for all transactions on {publisher} that are older: {told}"))
                                 .hint("wait for its end, or end it with pg_terminate_backend(); then run init again"),
-                        });
+                        };
+                        break (false, failure);
                     }
                 }
             }
         };
-        let Err(failure) = stopped else { return Ok(()) };
-        session.cancel(&self.admin.connector, LOOK_BOUND).await;
-        let _ = tokio::time::timeout(TIDY_BOUND, making).await;
+        if !ended {
+            session.cancel(&self.admin.connector, LOOK_BOUND).await;
+            let _ = tokio::time::timeout(TIDY_BOUND, making).await;
+        }
         // The publisher would go on, and leave a slot that nobody reads.
-        source.rows(sql::SETUP_STOP_MAKING, &[&slot], LOOK_BOUND).await?;
+        if let Err(error) = source.rows(sql::SETUP_STOP_MAKING, &[&slot], LOOK_BOUND).await {
+            failure = failure.also(&error.to_string());
+        }
         Err(failure)
     }
 
