@@ -11,22 +11,21 @@ built       := $(target)$(if $(filter-out 16,$(POSTGRESQL)),/$(POSTGRESQL))
 pg_config    = $$(cat '$(built)/pg_config')
 # The cargo features of the extension: one major version of PostgreSQL.
 pg_features  = --no-default-features --features pg$$($(pg_config) --version | sed -E 's/^PostgreSQL ([0-9]+).*/\1/')
-# pgrx reads the one, the test harness the other, and OTHERS for pairs of two versions. An error of a test says by itself what
-# failed; forty frames hide it.
-environment  = $(foreach version,$(OTHERS),export PG_CONFIG_$(version)=$$(cat '$(target)$(if $(filter-out 16,$(version)),/$(version))/pg_config');) \
-               export RUST_LIB_BACKTRACE=0 PGRX_PG_CONFIG_PATH=$(pg_config) PG_CONFIG=$(pg_config) STILLEBOT_AGENT='$(target)/release/stillebot-agent';
+# pgrx reads the one, the test harness the other. An error of a test says by itself what failed; forty frames hide it.
+environment  = export RUST_LIB_BACKTRACE=0 PGRX_PG_CONFIG_PATH=$(pg_config) PG_CONFIG=$(pg_config) STILLEBOT_AGENT='$(target)/release/stillebot-agent';
 CARGO       ?= cargo
 # Tests spend their time waiting for servers: more of them at once than there are processors.
 TEST_THREADS ?= 6
 
 VERSION      = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 
-.PHONY: help setup build install install-agent manual deb demo test test-versions test-hosts fuzz bench lint clean
+.PHONY: help setup build install install-agent manual deb demo test test-pairs test-versions test-hosts fuzz bench lint clean
 
 help:
 	@echo 'make demo                 two live servers, hopped between under load; KEEP=1 leaves them running'
 	@echo 'make test                 proves every promise, on real servers'
-	@echo 'make test-versions        the same on each PostgreSQL of VERSIONS="16 18", and pairs of two versions'
+	@echo 'make test-pairs           a 16 and an 18 that replicate, and the upgrade from the one to the other'
+	@echo 'make test-versions        these, and the suite on each PostgreSQL of VERSIONS="16 18"'
 	@echo 'make test-hosts           the packages, and a pair that much befalls, on whole Debian 13 hosts that it makes; root only'
 	@echo 'make fuzz                 the decoder of replication messages, against noise; SECONDS=60'
 	@echo 'make bench                figures, as ratios to plain PostgreSQL; SUBJECTS="pgbench hops apply conflicts"'
@@ -86,11 +85,15 @@ test: build install
 	@$(environment) $(CARGO) test --release --locked --target-dir '$(built)' --package stillebot $(pg_features)
 	@$(environment) $(CARGO) test --release --locked --package stillebot-agent --package stillebot-tests -- --test-threads=$(TEST_THREADS)
 
-# All servers first: each is a peer of the others.
 VERSIONS ?= 16 18
-test-versions:
-	@for version in $(VERSIONS); do $(MAKE) --no-print-directory install POSTGRESQL=$$version; done
-	@for version in $(VERSIONS); do $(MAKE) --no-print-directory test POSTGRESQL=$$version OTHERS='$(VERSIONS)'; done
+test-versions: test-pairs
+	@for version in $(VERSIONS); do $(MAKE) --no-print-directory test POSTGRESQL=$$version; done
+
+# Two servers of different versions, which `make test` cannot have.
+test-pairs: build
+	@for version in 16 18; do $(MAKE) --no-print-directory install POSTGRESQL=$$version; done
+	@$(environment) export PG_CONFIG_16=$$(cat '$(target)/pg_config') PG_CONFIG_18=$$(cat '$(target)/18/pg_config'); \
+	$(CARGO) test --release --locked --package stillebot-tests --test promises -- --ignored 16_and_18 upgraded
 
 test-hosts: setup
 	@scripts/debian-image
