@@ -7,7 +7,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::facts::State;
-use crate::hop::{Refusal, Step};
+use crate::hop::{self, Refusal, Step};
+use crate::schema::{Object, Schema, short};
+
+/// How much is shown of a definition.
+const SHOWN: usize = 160;
 
 /// All steps in their order. `run` has a command where `apply` has its trial, change and commit.
 pub const TABLE: [Step; 11] = [
@@ -80,15 +84,7 @@ pub const TABLE: [Step; 11] = [
 ];
 
 /// The names of the steps, in their order.
-pub const STEPS: [&str; TABLE.len()] = {
-    let mut names = [""; TABLE.len()];
-    let mut i = 0;
-    while i < names.len() {
-        names[i] = TABLE[i].name;
-        i += 1;
-    }
-    names
-};
+pub const STEPS: [&str; TABLE.len()] = hop::names(&TABLE);
 
 /// Why a node was taken down, as its state keeps it: says to a later run which change it was, and how the node was before.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -170,49 +166,38 @@ pub struct Plan {
     pub two_phase: bool,
 }
 
-/// Everything that is defined in a database: kind and name, and how.
-pub type Structure = BTreeMap<(String, String), String>;
-
-/// How one structure differs from another, a line for each object; empty if they are alike. `gone`, `new` and `other` say it
-/// of an object that only the first has, that only the second has, and that both have.
-fn compare(first: &Structure, second: &Structure, gone: &str, new: &str, other: &str) -> Vec<String> {
-    let objects: BTreeSet<&(String, String)> = first.keys().chain(second.keys()).collect();
-    let line = |object: &&(String, String)| {
-        let (kind, name) = object;
+/// How one schema differs from another, a line for each object; empty if they are alike. `gone`, `new` and `other` say it of an
+/// object that only the first has, that only the second has, and that both have.
+fn compare(first: &Schema, second: &Schema, gone: &str, new: &str, other: &str) -> Vec<String> {
+    let objects: BTreeSet<&Object> = first.keys().chain(second.keys()).collect();
+    let line = |object: &&Object| {
+        let name = object.path();
         match (first.get(*object), second.get(*object)) {
-            (Some(_), None) => Some(format!("{kind} {name}: {gone}")),
-            (None, Some(_)) => Some(format!("{kind} {name}: {new}")),
-            (Some(a), Some(b)) if a != b => Some(format!("{kind} {name}: {other}: {} | {}", short(a), short(b))),
+            (Some(_), None) => Some(format!("{name}: {gone}")),
+            (None, Some(_)) => Some(format!("{name}: {new}")),
+            (Some(a), Some(b)) if a.text != b.text => {
+                Some(format!("{name}: {other}: {} | {}", short(&a.text, SHOWN), short(&b.text, SHOWN)))
+            }
             _ => None,
         }
     };
     objects.iter().filter_map(line).collect()
 }
 
-/// In one line that can be read.
-fn short(definition: &str) -> String {
-    let words: Vec<&str> = definition.split_whitespace().collect();
-    let line = words.join(" ");
-    match line.char_indices().nth(160) {
-        Some((end, _)) => format!("{}..", &line[..end]),
-        None => line,
-    }
-}
-
 /// What nodes do not have in common; each is compared with the first.
-pub fn differences(nodes: &[(String, Structure)]) -> Vec<String> {
+pub fn differences(nodes: &[(String, Schema)]) -> Vec<String> {
     let Some(((first, theirs), others)) = nodes.split_first() else { return Vec::new() };
     others
         .iter()
-        .flat_map(|(name, structure)| {
+        .flat_map(|(name, schema)| {
             let (gone, new) = (format!("not on {name}"), format!("not on {first}"));
-            compare(theirs, structure, &gone, &new, &format!("{first} and {name} differ"))
+            compare(theirs, schema, &gone, &new, &format!("{first} and {name} differ"))
         })
         .collect()
 }
 
 /// What a change would do on a node.
-pub fn effects(before: &Structure, after: &Structure) -> Vec<String> {
+pub fn effects(before: &Schema, after: &Schema) -> Vec<String> {
     compare(before, after, "dropped", "created", "changed")
 }
 
@@ -311,6 +296,7 @@ fn unfinished(nodes: &[Seen]) -> Vec<(Entry, Vec<String>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::schema::Definition;
     use proptest::prelude::*;
 
     fn state(state: &str, sole: bool, reason: Option<String>) -> State {
@@ -399,23 +385,25 @@ mod tests {
         }
     }
 
-    fn structure() -> impl Strategy<Value = Structure> {
-        proptest::collection::btree_map(("table|index", "[a-c]").prop_map(|(kind, name)| (kind, name)), "[xy]", 0..5)
+    fn schema() -> impl Strategy<Value = Schema> {
+        let object = ("table|index", "[a-c]").prop_map(|(kind, name)| Object { kind, relation: String::new(), name });
+        let definition = ("[xy]", 0..2).prop_map(|(text, place)| Definition { text, place });
+        proptest::collection::btree_map(object, definition, 0..5)
     }
 
     proptest! {
         #[test]
-        fn whatever_is_not_alike_is_named_once(first in structure(), second in structure()) {
+        fn whatever_is_not_alike_is_named_once(first in schema(), second in schema()) {
             let nodes = [("a".to_owned(), first.clone()), ("b".to_owned(), second.clone())];
             let differing: BTreeSet<_> = first
                 .keys()
                 .chain(second.keys())
-                .filter(|object| first.get(*object) != second.get(*object))
+                .filter(|object| first.get(*object).map(|d| &d.text) != second.get(*object).map(|d| &d.text))
                 .collect();
             let lines = differences(&nodes);
             prop_assert_eq!(lines.len(), differing.len());
             prop_assert_eq!(effects(&first, &second).len(), differing.len());
-            for (line, (kind, name)) in lines.iter().zip(differing) {
+            for (line, Object { kind, name, .. }) in lines.iter().zip(differing) {
                 prop_assert!(line.starts_with(&format!("{kind} {name}: ")), "{}", line);
             }
         }

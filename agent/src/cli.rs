@@ -210,7 +210,7 @@ pub struct SchemaHow {
     #[arg(long)]
     pub role: Option<String>,
     /// How long the maintenance windows stay open at most.
-    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = window)]
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = patience)]
     pub window: Duration,
     /// How long transactions under way may take to end.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
@@ -255,14 +255,6 @@ pub struct SchemaRun {
     /// by commas), PGDATABASE and PGUSER.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
     pub command: Vec<String>,
-}
-
-fn window(text: &str) -> Result<Duration, String> {
-    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
-    if duration < Duration::from_secs(1) || duration > Duration::from_secs(86400) {
-        return Err("must be 1s to 1day".into());
-    }
-    Ok(duration)
 }
 
 /// The commands under `certs`.

@@ -97,15 +97,18 @@ pub const TABLE: [Step; 11] = [
 ];
 
 /// The names of the steps, in their order.
-pub const STEPS: [&str; TABLE.len()] = {
-    let mut names = [""; TABLE.len()];
+pub const STEPS: [&str; TABLE.len()] = names(&TABLE);
+
+/// The names of the steps of a table.
+pub const fn names<const N: usize>(table: &[Step; N]) -> [&'static str; N] {
+    let mut names = [""; N];
     let mut i = 0;
-    while i < names.len() {
-        names[i] = TABLE[i].name;
+    while i < N {
+        names[i] = table[i].name;
         i += 1;
     }
     names
-};
+}
 
 /// What a hop leaves in the state of each node it closes, so that any later agent can finish or undo it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -14,6 +14,9 @@ use crate::node::{NodeError, Session, Trouble};
 use crate::watchdog::Views;
 use crate::{quote, sql};
 
+/// How much is shown of a definition.
+const SHOWN: usize = 300;
+
 /// What can be alike or not. Names are quoted and qualified as SQL wants them.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Object {
@@ -23,6 +26,14 @@ pub struct Object {
     pub relation: String,
     /// Its name; empty for what a table has one of.
     pub name: String,
+}
+
+impl Object {
+    /// Kind, and its place among all names: `trigger stillebot.raids.noticed`.
+    pub fn path(&self) -> String {
+        let names = [&self.relation, &self.name].into_iter().filter(|name| !name.is_empty());
+        format!("{} {}", self.kind, names.map(String::as_str).collect::<Vec<_>>().join("."))
+    }
 }
 
 impl fmt::Display for Object {
@@ -87,17 +98,20 @@ impl fmt::Display for Difference {
         }
         f.write_str("differs")?;
         for (node, text) in &self.nodes {
-            write!(f, "\n    {node}: {}", text.as_deref().map_or_else(|| "not there".to_owned(), short))?;
+            write!(
+                f,
+                "\n    {node}: {}",
+                text.as_deref().map_or_else(|| "not there".to_owned(), |text| short(text, SHOWN))
+            )?;
         }
         Ok(())
     }
 }
 
-/// In one line that can be read.
-fn short(text: &str) -> String {
-    const MOST: usize = 300;
+/// In one line that can be read, of at most so many letters.
+pub fn short(text: &str, most: usize) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(MOST) {
+    match line.char_indices().nth(most) {
         Some((end, _)) => format!("{}...", &line[..end]),
         None => line,
     }

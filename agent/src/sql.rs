@@ -19,7 +19,6 @@ queries! {
     CERT_WORKER = "cert_worker.sql";
     CHANGE_DIGEST = "change_digest.sql";
     CHANGE_SEEN = "change_seen.sql";
-    CHANGE_STRUCTURE = "change_structure.sql";
     CHANGE_WRITTEN = "change_written.sql";
     CLOCK = "clock.sql";
     CLOSE_WINDOW = "close_window.sql";

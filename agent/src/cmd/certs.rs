@@ -7,13 +7,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use nix::sys::signal::{Signal, raise};
 use nix::unistd::{Gid, Group, Uid, User, setgroups, setresgid, setresuid};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
 use super::watch::own_node;
-use super::{Context, Reply, render, table};
+use super::{Context, Reply, pause, render, table};
 use crate::certs::{self, Facts, Pair, Wanted};
 use crate::cli::PauseAt;
 use crate::config::{Certificate, Config, Node, TlsMode, Use};
@@ -305,14 +304,6 @@ fn give_up_root(sites: &mut [Site<'_>]) -> Result<(), String> {
         setresuid(uid, uid, uid)
     };
     give_up().map_err(|error| format!("cannot become the owner of the files: {error}"))
-}
-
-/// For tests: stops this process, so that something can be killed at just this place.
-fn pause(at: Option<&PauseAt>, step: &str, after: bool) {
-    if at.is_some_and(|at| at.step == step && at.after == after) {
-        // A process that cannot stop itself goes on; the test sees that.
-        let _ = raise(Signal::SIGSTOP);
-    }
 }
 
 impl<'a> Deployment<'a> {

@@ -8,19 +8,20 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use nix::sys::signal::{Signal, kill, raise};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
 use tokio_postgres::types::PgLsn;
 
-use super::{Context, IN_THE_WAY, Reply, UP_BOUND, open, print, unreachable, whoami};
-use crate::change::{self, Closed, Entry, Plan, Seen, Structure};
+use super::{Context, IN_THE_WAY, Reply, UP_BOUND, open, pause, print, unreachable, whoami};
+use crate::change::{self, Closed, Entry, Plan, Seen};
 use crate::cli::{SchemaApply, SchemaHow, SchemaRun};
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts::{self, Facts};
 use crate::failure::{Failure, Kind};
 use crate::node::{NodeError, Session, Trouble};
+use crate::schema::{self, Schema};
 use crate::stop::{Halt, Limits};
 use crate::{quote, sql};
 
@@ -221,7 +222,7 @@ impl<'a> Work<'a> {
         })?;
         // A command that was killed may have done a part.
         if !self.plan.finishing && !self.plan.resuming {
-            let differences = change::differences(&self.structures().await?);
+            let differences = change::differences(&self.schemas().await?);
             if !differences.is_empty() {
                 return Err(Failure::new(Kind::Undone, "the schemas of the nodes are not alike; nothing was changed")
                     .detail(differences.join("\n"))
@@ -252,11 +253,11 @@ impl<'a> Work<'a> {
         }
     }
 
-    async fn structures(&self) -> Result<Vec<(String, Structure)>, Failure> {
+    async fn schemas(&self) -> Result<Vec<(String, Schema)>, Failure> {
         let names = self.names();
-        let looks = names
-            .iter()
-            .map(async |name| Ok::<_, NodeError>((name.clone(), structure(self.crew.session(name)?).await?)));
+        let looks = names.iter().map(async |name| {
+            Ok::<_, NodeError>((name.clone(), schema::read(self.crew.session(name)?, LOOK_BOUND).await?))
+        });
         Ok(join_all(looks).await.into_iter().collect::<Result<_, _>>()?)
     }
 
@@ -317,7 +318,7 @@ impl<'a> Work<'a> {
         let work = async {
             let rows = async || session.row(sql::CHANGE_WRITTEN, &[], self.how.window).await;
             let before: i64 = rows().await?.get("rows");
-            let structure_before = structure(session).await?;
+            let schema_before = schema::read(session, LOOK_BOUND).await?;
             let digest_before: String = session.row(sql::CHANGE_DIGEST, &[], LOOK_BOUND).await?.get("digest");
             session.script(&self.statements(), self.how.window).await?;
             let after = rows().await?;
@@ -326,7 +327,7 @@ impl<'a> Work<'a> {
                 let digest: String = session.row(sql::CHANGE_DIGEST, &[], LOOK_BOUND).await?.get("digest");
                 let written = after.get::<_, i64>("rows") - before;
                 if digest != digest_before {
-                    list = change::effects(&structure_before, &structure(session).await?);
+                    list = change::effects(&schema_before, &schema::read(session, LOOK_BOUND).await?);
                     if list.is_empty() {
                         list.push("privileges, comments or the like: changed".to_owned());
                     }
@@ -732,7 +733,7 @@ impl<'a> Work<'a> {
                 self.close_window(&name).await?;
             }
         }
-        Ok(change::differences(&self.structures().await?))
+        Ok(change::differences(&self.schemas().await?))
     }
 
     async fn reopen(&mut self) -> Result<(), Failure> {
@@ -873,9 +874,7 @@ impl<'a> Work<'a> {
 
     /// For tests: stops this process, so that it can be killed at just this place.
     fn pause(&self, step: &str, after: bool) {
-        if self.how.pause_at.as_ref().is_some_and(|at| at.step == step && at.after == after) {
-            let _ = raise(Signal::SIGSTOP);
-        }
+        pause(self.how.pause_at.as_ref(), step, after);
     }
 }
 
@@ -885,11 +884,6 @@ fn halted(halt: Halt, when: &str) -> Failure {
 
 fn prepared_name(id: &str) -> String {
     format!("stillebot_schema_{id}")
-}
-
-async fn structure(session: &Session) -> Result<Structure, NodeError> {
-    let rows = session.rows(sql::CHANGE_STRUCTURE, &[], LOOK_BOUND).await?;
-    Ok(rows.iter().map(|row| ((row.get("kind"), row.get("name")), row.get("definition"))).collect())
 }
 
 fn read_journal(text: &str) -> Vec<Entry> {

@@ -9,12 +9,11 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::future::join_all;
-use nix::sys::signal::{Signal, raise};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio_postgres::types::PgLsn;
 
-use super::{Context, IN_THE_WAY, Reply, UP_BOUND, WRITE_BOUND, open, print, whoami, write_active};
+use super::{Context, IN_THE_WAY, Reply, UP_BOUND, WRITE_BOUND, open, pause, print, whoami, write_active};
 use crate::change;
 use crate::cli::Hop as Options;
 use crate::clock::Clock;
@@ -71,7 +70,7 @@ pub async fn run(context: &Context, options: &Options) -> Result<Reply, Failure>
     if context.config.nodes.len() < 2 {
         return Err(Failure::new(Kind::Usage, "a hop needs at least two nodes, and the configuration has one"));
     }
-    pause(options, "lock", false);
+    pause(options.pause_at.as_ref(), "lock", false);
     let began = Instant::now();
     let limits = Limits::new(options.deadline, &context.signals);
     let (crew, errors) = limits
@@ -101,16 +100,16 @@ pub async fn run(context: &Context, options: &Options) -> Result<Reply, Failure>
     for error in errors.values() {
         run.note("lock", format!("cannot reach {error}"));
     }
-    pause(options, "lock", true);
+    pause(options.pause_at.as_ref(), "lock", true);
 
-    pause(options, "preflight", false);
+    pause(options.pause_at.as_ref(), "preflight", false);
     run.began = Instant::now();
     let decided = run.preflight(&errors).await;
     let decision = match decided {
         Ok(decision) => decision,
         Err(failure) => return Err(run.with_steps(failure)),
     };
-    pause(options, "preflight", true);
+    pause(options.pause_at.as_ref(), "preflight", true);
     match decision {
         Decision::Refuse(refusal) => {
             let kind = if refusal.unreachable { Kind::Unreachable } else { Kind::Undone };
@@ -123,14 +122,6 @@ pub async fn run(context: &Context, options: &Options) -> Result<Reply, Failure>
         Decision::Abort(abort) => run.abort(abort).await,
         Decision::Run(plan) if options.dry_run => Ok(run.describe(&plan)),
         Decision::Run(plan) => run.hop(plan).await,
-    }
-}
-
-/// For tests: stops this process, so that something can be killed at just this place.
-fn pause(options: &Options, step: &str, after: bool) {
-    if options.pause_at.as_ref().is_some_and(|at| at.step == step && at.after == after) {
-        // A process that cannot stop itself goes on; the test sees that.
-        let _ = raise(Signal::SIGSTOP);
     }
 }
 
@@ -362,9 +353,9 @@ impl Run<'_> {
             Err(why) => why,
         };
         let mut failure = if hop.stage() == Stage::Undo {
-            pause(self.options, "undo", false);
+            pause(self.options.pause_at.as_ref(), "undo", false);
             let failure = self.undo(&mut hop, &why).await;
-            pause(self.options, "undo", true);
+            pause(self.options.pause_at.as_ref(), "undo", true);
             failure
         } else {
             self.for_a_person(&hop, &why)
@@ -448,12 +439,12 @@ impl Run<'_> {
     }
 
     fn begin(&mut self, step: &'static str) {
-        pause(self.options, step, false);
+        pause(self.options.pause_at.as_ref(), step, false);
         self.began = Instant::now();
     }
 
     fn end(&mut self, step: &'static str) {
-        pause(self.options, step, true);
+        pause(self.options.pause_at.as_ref(), step, true);
     }
 
     /// Waits until the target has what the others have written up to now, while they may go on writing.
@@ -886,7 +877,7 @@ impl Run<'_> {
             let json = json!({"command": "hop", "outcome": "dry_run", "target": abort.target, "would": [text]});
             return Ok(Reply::done(text, json));
         }
-        pause(self.options, "undo", false);
+        pause(self.options.pause_at.as_ref(), "undo", false);
         let again = format!("`hop {} --abort` again", abort.target);
         if let Err(halt) = self.limits.check() {
             return Err(Failure::new(Kind::Undone, format!("{halt}; nothing was changed")).hint(again));
@@ -909,7 +900,7 @@ impl Run<'_> {
                 self.with_steps(Failure::new(Kind::NeedsPerson, message).hint(format!("`up {}`", abort.target)))
             );
         }
-        pause(self.options, "undo", true);
+        pause(self.options.pause_at.as_ref(), "undo", true);
         if !abort.left.is_empty() {
             let left = abort.left.join(", ");
             let message = format!(

@@ -7,9 +7,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use comfy_table::{Attribute, Cell, Table, presets};
+use nix::sys::signal::{Signal, raise};
 use serde_json::{Map, Value, json};
 
-use crate::cli::{Certs, Cli, Command, Schema};
+use crate::cli::{Certs, Cli, Command, PauseAt, Schema};
 use crate::config::{Config, Node};
 use crate::crew::{CONNECT_BOUND, Crew, LOOK_BOUND};
 use crate::failure::{Failure, Kind};
@@ -213,6 +214,14 @@ fn table(header: &[&str]) -> Table {
 
 fn render(table: &Table) -> String {
     table.lines().fold(String::new(), |text, line| text + line.trim_end() + "\n")
+}
+
+/// For tests: stops this process, so that something can be killed at just this place.
+fn pause(at: Option<&PauseAt>, step: &str, after: bool) {
+    if at.is_some_and(|at| at.step == step && at.after == after) {
+        // A process that cannot stop itself goes on; the test sees that.
+        let _ = raise(Signal::SIGSTOP);
+    }
 }
 
 /// Opens a database through its session.

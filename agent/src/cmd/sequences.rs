@@ -7,11 +7,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, raise};
 use serde_json::{Value, json};
 use tokio_postgres::types::PgLsn;
 
-use super::{Context, IN_THE_WAY, Reply, UP_BOUND, open, unreachable};
+use super::{Context, IN_THE_WAY, Reply, UP_BOUND, open, pause, unreachable};
 use crate::cli::{PauseAt, Sequences};
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts::{self, Facts, State};
@@ -313,13 +312,6 @@ pub async fn stride(context: &Context, crew: Crew<'_>, wish: &Wish<'_>) -> Resul
                 .detail(flaws.join("\n"))
                 .hint("when they can be reached: `sequences stride` again brings them back, `up NODE` one of them"))
         }
-    }
-}
-
-fn pause(at: Option<&PauseAt>, step: &str, after: bool) {
-    if at.is_some_and(|at| at.step == step && at.after == after) {
-        // A process that cannot stop itself goes on; the test sees that.
-        let _ = raise(Signal::SIGSTOP);
     }
 }
 
