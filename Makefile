@@ -19,13 +19,14 @@ TEST_THREADS ?= 6
 
 VERSION      = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 
-.PHONY: help setup build install install-agent manual deb demo test test-pairs test-versions test-hosts fuzz bench lint clean
+.PHONY: help setup build install install-agent manual deb debian demo test test-pairs test-versions test-debian test-hosts fuzz bench lint clean
 
 help:
 	@echo 'make demo                 two live servers, hopped between under load; KEEP=1 leaves them running'
 	@echo 'make test                 proves every promise, on real servers'
 	@echo 'make test-pairs           a 16 and an 18 that replicate, and the upgrade from the one to the other'
 	@echo 'make test-versions        these, and the suite on each PostgreSQL of VERSIONS="16 18"'
+	@echo 'make test-debian          the suite on PostgreSQL 17 as Debian 13 has it, with the packages, in a throw-away copy of its image; root only'
 	@echo 'make test-hosts           the packages, and a pair that much befalls, on whole Debian 13 hosts that it makes; root only'
 	@echo 'make fuzz                 the decoder of replication messages, against noise; SECONDS=60'
 	@echo 'make bench                figures, as ratios to plain PostgreSQL; SUBJECTS="pgbench hops apply conflicts"'
@@ -95,9 +96,18 @@ test-pairs: build
 	@$(environment) export PG_CONFIG_16=$$(cat '$(target)/pg_config') PG_CONFIG_18=$$(cat '$(target)/18/pg_config'); \
 	$(CARGO) test --release --locked --package stillebot-tests --test promises -- --ignored 16_and_18 upgraded
 
-test-hosts: setup
+# What a Debian 13 host needs: the image, and this project's packages for its PostgreSQL.
+debian: setup
 	@scripts/debian-image
 	@$(MAKE) --no-print-directory deb PG_CONFIG='$(CURDIR)/target/debian-13/pg_config'
+
+# The suite on Debian's own PostgreSQL 17, with the packages, and the pair of it and a 16.
+test-debian: debian install
+	@$(environment) export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/scripts/in-debian' PG_CONFIG_16=$(pg_config); \
+	$(CARGO) test --release --locked --package stillebot-tests --test promises -- --test-threads=$(TEST_THREADS); \
+	$(CARGO) test --release --locked --package stillebot-tests --test promises -- --ignored 16_and_17
+
+test-hosts: debian
 	@$(environment) $(CARGO) test --release --locked --package stillebot-tests --test hosts
 
 # Arithmetic that overflows is silent in the profile that everything else is built with.

@@ -155,7 +155,7 @@ mod tests {
         let slot =
             |peer: &crate::config::Node| Slot { name: config.slot(node, &peer.name), here: true, ..Slot::default() };
         let survey = Survey {
-            about: About { extension: Some("0.5.0".into()), ..About::default() },
+            about: About { extension: Some("0.6.0".into()), ..About::default() },
             subscriptions: peers().map(subscription).collect(),
             slots: peers().map(slot).collect(),
             publications: vec![Publication { name: config.publication.clone(), ..Publication::default() }],

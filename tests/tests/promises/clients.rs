@@ -2,6 +2,8 @@
 //! those of docs/clients.md. psql and pgbench are libpq; psycopg is libpq in a program; asyncpg speaks the protocol itself.
 
 use std::collections::BTreeSet;
+use std::env;
+use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -38,7 +40,8 @@ struct Client {
 
 impl Client {
     fn start(cluster: &Cluster, program: &str) -> Result<Self> {
-        let python = workspace().join("target/clients/bin/python");
+        let python =
+            env::var_os("CLIENTS_PYTHON").map_or_else(|| workspace().join("target/clients/bin/python"), PathBuf::from);
         ensure!(python.exists(), "there is no {}; run scripts/setup", python.display());
         let mut command = Command::new(python);
         command.arg(workspace().join("tests/clients").join(program)).arg(url(cluster)?);
