@@ -1,9 +1,10 @@
 //! What befalls a pair of whole hosts, one thing after the other, while both are written and both have their agent running:
-//! the cable, a clock, a renewed certificate, packets that are late or lost, a hop that is cut off at every step. After each:
-//! nothing is lost, both databases are the same, and status has nothing to say.
+//! the cable, a clock, a renewed certificate, packets that are late or lost, a loss of power, a hop that is cut off at every step.
+//! After each: nothing is lost, both databases are the same, and status has nothing to say.
 
 use std::fs;
 use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -27,17 +28,19 @@ fn serve(host: &Host) -> Result<Child> {
         .spawn()?)
 }
 
-/// Writes a row after the other on its own host, whenever that takes writes, and notes each that was acknowledged.
+/// Writes a row after the other on its own host, whenever that takes writes, and notes each that was acknowledged. Rests while
+/// there is a file `pause`, and says so by a copy of it.
 fn write(host: &Host, first: u32) -> Result<Child> {
     let name = host.name();
     Ok(host
         .command(&format!(
             "cd /tmp; id={first}
              while ! test -e stop; do
-               until setpriv --reuid=postgres --regid=postgres --clear-groups psql -XAtqd stillebot -c \
+               if test -e pause; then cp pause paused; sleep 0.1
+               elif setpriv --reuid=postgres --regid=postgres --clear-groups psql -XAtqd stillebot -c \
                  \"insert into config values ($id, '{name}') on conflict do nothing\" 2>/dev/null
-               do if test -e stop; then exit 0; fi; sleep 0.2; done
-               echo $id >>acknowledged; id=$((id + 1)); sleep 0.05
+               then echo $id >>acknowledged; id=$((id + 1)); sleep 0.05
+               else sleep 0.2; fi
              done"
         ))?
         .stdout(Stdio::null())
@@ -58,8 +61,31 @@ async fn wait_written(host: &Host) -> Result<()> {
     .await
 }
 
-/// Every row that was acknowledged up to now is on both hosts; nothing is left to be resolved; status is content.
+/// Has both writers rest, until they are told to go on.
+async fn pause(hosts: &[Host; 2]) -> Result<()> {
+    static ROUND: AtomicU32 = AtomicU32::new(0);
+    let round = ROUND.fetch_add(1, Ordering::Relaxed).to_string();
+    for host in hosts {
+        fs::write(host.path("/tmp/pause"), &round)?;
+    }
+    for host in hosts {
+        wait_until(&format!("the writer of {} to rest", host.name()), PATIENCE, || async {
+            Ok(fs::read_to_string(host.path("/tmp/paused")).is_ok_and(|said| said == round).then_some(()))
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+/// Every row that was acknowledged is on both hosts, which are the same; nothing is left to be resolved; status is content.
 async fn assert_well(hosts: &[Host; 2]) -> Result<()> {
+    pause(hosts).await?;
+    let [sikorsky, gideon] = hosts;
+    let sum = "select count(*) || md5(string_agg(c::text, ',' order by id)) from config c";
+    wait_until("both databases to be the same", PATIENCE * 2, || async {
+        Ok((sikorsky.sql("stillebot", sum)? == gideon.sql("stillebot", sum)?).then_some(()))
+    })
+    .await?;
     let mut ids = acknowledged(&hosts[0])?;
     ids.extend(acknowledged(&hosts[1])?);
     let missing =
@@ -80,6 +106,9 @@ async fn assert_well(hosts: &[Host; 2]) -> Result<()> {
             Ok((status["verdict"]["ready"] == true && status["unfinished_hop"].is_null()).then_some(()))
         });
         content.await.with_context(|| agent(host, "status").unwrap_or_else(|error| format!("{error:#}")))?;
+    }
+    for host in hosts {
+        fs::remove_file(host.path("/tmp/pause"))?;
     }
     Ok(())
 }
@@ -137,7 +166,7 @@ async fn hop_cut_off(hosts: &[Host; 2], (from, to): (usize, usize), step: &str) 
 #[tokio::test]
 async fn a_pair_of_hosts_loses_nothing_whatever_befalls_it() -> Result<()> {
     let authority = Authority::new()?;
-    let hosts = hosts().await?;
+    let mut hosts = hosts().await?;
     for host in &hosts {
         furnish(host, &authority).await?;
         host.run(
@@ -151,16 +180,16 @@ strategy = \"newest\"
 END",
         )?;
     }
-    let [sikorsky, gideon] = &hosts;
-    sikorsky.run(
+    hosts[0].run(
         "stillebot-agent init --admin operator --admin-cert /srv/operator.pem --admin-key /srv/operator-key.pem --yes",
     )?;
     let mut services = Vec::new();
     let mut writers = Vec::new();
-    for (host, first) in [(sikorsky, 1_000_000), (gideon, 2_000_000)] {
+    for (host, first) in hosts.iter().zip([1_000_000, 2_000_000]) {
         services.push(serve(host)?);
         writers.push(write(host, first)?);
     }
+    let [sikorsky, gideon] = &hosts;
     wait_written(gideon).await?;
 
     // The cable is cut; both write on, one row of it the same.
@@ -247,6 +276,21 @@ END"
     detour.remove(&hosts)?;
     assert_well(&hosts).await.context("after late packets")?;
 
+    // The host of the node that is down loses power, and comes back as it was; its agent and its client with it.
+    hosts[1].power_cycle().await?;
+    let [sikorsky, gideon] = &hosts;
+    sikorsky.run("ip link delete eth0 2>/dev/null || true")?;
+    sikorsky.connect(ADDRESSES[0].1, gideon, ADDRESSES[1].1)?;
+    start_cluster(gideon).await?;
+    for (child, again) in [(&mut services[1], serve(gideon)?), (&mut writers[1], write(gideon, 3_000_000)?)] {
+        child.wait()?;
+        *child = again;
+    }
+    ensure!(!is_up(gideon)? && is_up(sikorsky)?, "after the loss of power");
+    wait_written(sikorsky).await?;
+    assert_well(&hosts).await.context("after the loss of power")?;
+
+    let [sikorsky, gideon] = &hosts;
     let mut at = 0;
     for step in STEPS {
         at = hop_cut_off(&hosts, (at, 1 - at), step).await.with_context(|| format!("cut before {step}"))?;
@@ -261,9 +305,6 @@ END"
         })
         .await?;
     }
-    assert_well(&hosts).await.context("at the end")?;
-    let sum = "select count(*) || md5(string_agg(c::text, ',' order by id)) from config c";
-    ensure!(sikorsky.sql("stillebot", sum)? == gideon.sql("stillebot", sum)?);
     for service in &mut services {
         ensure!(service.try_wait()?.is_none(), "an agent has ended");
         service.kill()?;
