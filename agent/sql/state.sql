@@ -7,5 +7,6 @@ select s.state->>'state' as state,
        coalesce((s.state->>'sole')::boolean, false) as sole,
        coalesce((s.state->>'rejoin')::boolean, false) as rejoin,
        nullif(s.state->'hop', 'null'::jsonb)::text as hop,
+       nullif(s.state->'window', 'null'::jsonb)::text as window,
        (s.state->>'writers')::int4 as writers
   from (select multihome.state() as state) s

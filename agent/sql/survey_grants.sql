@@ -2,7 +2,7 @@
 -- types of its arguments, $6: the privilege. Null: there is no such thing, or no such role. Names are looked up in the catalog, for to_regprocedure()
 -- and its like are errors to who may not use the schema.
 select case g.kind
-           when 'role' then (select pg_has_role(r.oid, o.oid, 'usage') from pg_roles o where o.rolname = g.name)
+           when 'role' then (select pg_has_role(r.oid, o.oid, coalesce(nullif(g.privilege, ''), 'usage')) from pg_roles o where o.rolname = g.name)
            when 'schema' then (select has_schema_privilege(r.oid, n.oid, g.privilege) from pg_namespace n where n.nspname = g.name)
            when 'table' then (select has_table_privilege(r.oid, c.oid, g.privilege)
                                 from pg_class c

@@ -5,6 +5,9 @@
 //! transactions that were prepared, and the journal, whose row is committed with the change itself.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
 
 use crate::facts::State;
 use crate::hop::{self, Refusal, Step};
@@ -29,7 +32,8 @@ pub const TABLE: [Step; 11] = [
     },
     Step {
         name: "trial",
-        does: "run the file in a transaction and roll it back, on nodes that are down first, until one would change",
+        does: "run the file in a transaction and roll it back, on nodes that are down first, until one would change; all that lack \
+               it, if an earlier run is finished",
         undo: "it is rolled back",
         why_here: "a file that changes nothing, or fails, must not take a node down",
     },
@@ -65,7 +69,7 @@ pub const TABLE: [Step; 11] = [
     },
     Step {
         name: "compare",
-        does: "close the windows, and compare the schemas of all nodes",
+        does: "say in every journal that the change is whole, close the windows, and compare the schemas of all nodes",
         undo: "none; nodes that are not alike stay down",
         why_here: "what one node has and another lacks must not be found by replication, nor by refresh",
     },
@@ -109,14 +113,24 @@ impl Closed {
 
     /// From a reason, if it is one of these.
     pub fn parse(reason: &str) -> Option<Self> {
+        let id = Self::id(reason)?;
+        Some(Self { id: id.to_owned(), sole: reason.ends_with(WAS_SOLE) })
+    }
+
+    fn id(reason: &str) -> Option<&str> {
         let (id, _) = reason.strip_prefix(REASON)?.split_once(' ')?;
-        let sole = reason.ends_with(WAS_SOLE);
-        (sole || reason.ends_with(WAS_UP)).then(|| Self { id: id.to_owned(), sole })
+        (reason.ends_with(WAS_SOLE) || reason.ends_with(WAS_UP)).then_some(id)
+    }
+
+    /// The file or program in a reason.
+    fn what(reason: &str) -> &str {
+        let inside = reason.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')'));
+        inside.map_or("", |(what, _)| what)
     }
 }
 
 /// A row of a node's journal.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Entry {
     /// Of the change.
     pub id: String,
@@ -126,6 +140,31 @@ pub struct Entry {
     pub sha256: String,
     /// What it is for.
     pub nodes: Vec<String>,
+    /// It is committed on all of them. An extension before 0.6 does not say.
+    #[serde(default)]
+    pub done: bool,
+}
+
+/// A change that is prepared on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Prepared {
+    /// Of the change.
+    pub id: String,
+    /// What the transaction is called.
+    pub gid: String,
+    /// Who may end it.
+    pub owner: String,
+}
+
+/// The traces of changes on a node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct Traces {
+    /// Those committed there.
+    pub journal: Vec<Entry>,
+    /// Those prepared there.
+    pub prepared: Vec<Prepared>,
+    /// Whether transactions can be prepared.
+    pub two_phase: bool,
 }
 
 /// What a node tells.
@@ -135,12 +174,14 @@ pub struct Seen {
     pub name: String,
     /// Its state.
     pub state: State,
-    /// Changes committed there.
-    pub journal: Vec<Entry>,
-    /// Ids of changes prepared there.
-    pub prepared: Vec<String>,
-    /// Whether transactions can be prepared.
-    pub two_phase: bool,
+    /// What changes have left there.
+    pub traces: Traces,
+}
+
+/// What the transaction of a prepared change is called. Names of prepared transactions are the server's, and two databases of
+/// one server may be nodes.
+pub fn prepared_name(id: &str, node: &str) -> String {
+    format!("stillebot_schema_{id}_{node}")
 }
 
 /// What is to be done.
@@ -229,24 +270,30 @@ pub fn decide(new_id: &str, sha256: Option<&str>, nodes: &[Seen]) -> Result<Plan
             );
         }
     }
-    let unfinished = unfinished(nodes);
-    if let Some((entry, missing)) = unfinished.iter().find(|(entry, _)| Some(entry.sha256.as_str()) != sha256) {
+    // What is whole is in nobody's way, even if its nodes are still closed.
+    let left = left(nodes);
+    if let Some(half) = left
+        .iter()
+        .find(|left| !left.missing_on.is_empty() && left.sha256.is_some() && left.sha256.as_deref() != sha256)
+    {
         return refuse(
-            format!("an earlier change, of {}, is not committed on {}", entry.file, missing.join(", ")),
-            format!("finish it first: `schema apply` with the content that {} had then", entry.file),
+            format!("an earlier change, of {}, is not committed on {}", half.what, half.missing_on.join(", ")),
+            format!("finish it first: `schema apply` with the content that {} had then", half.what),
         );
     }
-    let ours = unfinished.into_iter().next();
+    let ours = left.into_iter().find(|left| left.sha256.is_some() && left.sha256.as_deref() == sha256);
     let finishing = ours.is_some();
-    let (id, missing) = match &ours {
-        Some((entry, missing)) => (entry.id.clone(), missing.clone()),
+    let (id, missing) = match ours {
+        Some(left) => (left.id, left.missing_on),
         None => (new_id.to_owned(), nodes.iter().map(|node| node.name.clone()).collect()),
     };
-    let is_prepared = |name: &str| nodes.iter().any(|node| node.name == name && node.prepared.contains(&id));
+    let is_prepared = |name: &str| {
+        nodes.iter().any(|node| node.name == name && node.traces.prepared.iter().any(|prepared| prepared.id == id))
+    };
     let (commit_on, run_on) = missing.into_iter().partition(|name| finishing && is_prepared(name));
     let roll_back = nodes
         .iter()
-        .flat_map(|node| node.prepared.iter().map(|prepared| (node.name.clone(), prepared.clone())))
+        .flat_map(|node| node.traces.prepared.iter().map(|prepared| (node.name.clone(), prepared.id.clone())))
         .filter(|(_, prepared)| !(finishing && *prepared == id))
         .collect();
     let close: Vec<(String, bool)> =
@@ -261,36 +308,181 @@ pub fn decide(new_id: &str, sha256: Option<&str>, nodes: &[Seen]) -> Result<Plan
         reopen.iter_mut().for_each(|(_, sole)| *sole = false);
     }
     let resuming = reopen.len() > close.len();
-    let two_phase = nodes.iter().all(|node| node.two_phase);
+    let two_phase = nodes.iter().all(|node| node.traces.two_phase);
     Ok(Plan { id, finishing, run_on, commit_on, roll_back, close, reopen, resuming, two_phase })
 }
 
-/// Changes that are not over, each with the nodes that lack it. Over means: committed on all of its nodes, and none of them
-/// is still closed for it.
-fn unfinished(nodes: &[Seen]) -> Vec<(Entry, Vec<String>)> {
-    let mut entries: BTreeMap<&str, (&Entry, BTreeSet<&str>)> = BTreeMap::new();
+/// A change that is not over: some of its nodes lack it, have it prepared, or are still closed for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Left {
+    /// Of the change.
+    pub id: String,
+    /// Its file, or the program of a command; empty if none of those that can be asked knows.
+    pub what: String,
+    /// Of the file's content, if it is committed anywhere.
+    #[serde(skip)]
+    pub sha256: Option<String>,
+    /// The nodes that have it.
+    pub committed_on: Vec<String>,
+    /// The nodes that lack it, of those that can be asked.
+    pub missing_on: Vec<String>,
+    /// The nodes where it is prepared.
+    pub prepared_on: Vec<String>,
+    /// The nodes that are closed for it.
+    pub closed: Vec<String>,
+}
+
+impl fmt::Display for Left {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "unfinished schema change {}", self.id)?;
+        if !self.what.is_empty() {
+            write!(f, " of {}", self.what)?;
+        }
+        let traces = [
+            ("committed on", &self.committed_on),
+            ("not on", &self.missing_on),
+            ("prepared on", &self.prepared_on),
+            ("closed for it:", &self.closed),
+        ];
+        let traces = traces.iter().filter(|(_, nodes)| !nodes.is_empty());
+        let traces: Vec<String> = traces.map(|(what, nodes)| format!("{what} {}", nodes.join(" and "))).collect();
+        write!(f, ": {}; run that `schema` command again", traces.join(", "))
+    }
+}
+
+/// The changes that are not over, as far as these nodes know.
+pub fn left(nodes: &[Seen]) -> Vec<Left> {
+    let mut all: BTreeMap<&str, (Left, BTreeSet<&str>)> = BTreeMap::new();
     for node in nodes {
-        for entry in &node.journal {
-            entries.entry(&entry.id).or_insert_with(|| (entry, BTreeSet::new())).1.insert(&node.name);
+        let closed = node.state.reason.as_deref().filter(|_| !node.state.is_up());
+        let closed = closed.and_then(|reason| Some((Closed::id(reason)?, Closed::what(reason))));
+        let ids = node.traces.journal.iter().map(|entry| entry.id.as_str());
+        let ids = ids.chain(node.traces.prepared.iter().map(|prepared| prepared.id.as_str()));
+        for id in ids.chain(closed.map(|(id, _)| id)).collect::<BTreeSet<_>>() {
+            let (left, wanted) = all.entry(id).or_insert_with(|| {
+                let none = Vec::new;
+                let left = Left {
+                    id: id.to_owned(),
+                    what: String::new(),
+                    sha256: None,
+                    committed_on: none(),
+                    missing_on: none(),
+                    prepared_on: none(),
+                    closed: none(),
+                };
+                (left, nodes.iter().map(|node| node.name.as_str()).collect())
+            });
+            if let Some(entry) = node.traces.journal.iter().find(|entry| entry.id == id) {
+                left.what.clone_from(&entry.file);
+                left.sha256 = Some(entry.sha256.clone());
+                left.committed_on.push(node.name.clone());
+                // One that says so is enough: a node may have lost its rows since.
+                wanted.retain(|name| !entry.done && entry.nodes.iter().any(|node| node == name));
+            }
+            if node.traces.prepared.iter().any(|prepared| prepared.id == id) {
+                left.prepared_on.push(node.name.clone());
+            }
+            if let Some((_, what)) = closed.filter(|(closed, _)| *closed == id) {
+                left.closed.push(node.name.clone());
+                if left.what.is_empty() {
+                    what.clone_into(&mut left.what);
+                }
+            }
         }
     }
-    let closed_for = |id: &str| {
-        nodes.iter().any(|node| {
-            node.state.reason.as_deref().and_then(Closed::parse).is_some_and(|closed| closed.id == id)
-                && !node.state.is_up()
+    all.into_values()
+        .map(|(mut left, wanted)| {
+            let missing =
+                wanted.into_iter().filter(|name| left.sha256.is_some() && !left.committed_on.iter().any(|n| n == name));
+            left.missing_on = missing.map(str::to_owned).collect();
+            left
         })
-    };
-    entries
-        .into_values()
-        .filter_map(|(entry, there)| {
-            let missing: Vec<String> = nodes
-                .iter()
-                .filter(|node| entry.nodes.contains(&node.name) && !there.contains(node.name.as_str()))
-                .map(|node| node.name.clone())
-                .collect();
-            (!missing.is_empty() || closed_for(&entry.id)).then(|| (entry.clone(), missing))
-        })
+        .filter(|left| !(left.missing_on.is_empty() && left.prepared_on.is_empty() && left.closed.is_empty()))
         .collect()
+}
+
+/// Why no node may be opened as if nothing were: nodes that are closed although nothing is committed anywhere may.
+pub fn half_done(nodes: &[Seen]) -> Option<Left> {
+    left(nodes).into_iter().find(|left| !(left.missing_on.is_empty() && left.prepared_on.is_empty()))
+}
+
+/// What a transaction has written, as the server counts it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Anything at all.
+    pub any: bool,
+    /// Rows of tables.
+    pub rows: i64,
+    /// Rows of PostgreSQL's own catalogs.
+    pub catalogs: BTreeMap<String, i64>,
+    /// Whether rows are counted (`track_counts`).
+    pub counted: bool,
+}
+
+/// The catalogs that `change_digest.sql` compares, or whose rows go with those of others.
+const COMPARED: [&str; 50] = [
+    "pg_aggregate",
+    "pg_amop",
+    "pg_amproc",
+    "pg_attrdef",
+    "pg_attribute",
+    "pg_auth_members",
+    "pg_cast",
+    "pg_class",
+    "pg_collation",
+    "pg_constraint",
+    "pg_database",
+    "pg_db_role_setting",
+    "pg_default_acl",
+    "pg_depend",
+    "pg_description",
+    "pg_enum",
+    "pg_event_trigger",
+    "pg_extension",
+    "pg_foreign_data_wrapper",
+    "pg_foreign_server",
+    "pg_foreign_table",
+    "pg_index",
+    "pg_inherits",
+    "pg_language",
+    "pg_largeobject_metadata",
+    "pg_namespace",
+    "pg_opclass",
+    "pg_operator",
+    "pg_opfamily",
+    "pg_parameter_acl",
+    "pg_partitioned_table",
+    "pg_policy",
+    "pg_proc",
+    "pg_publication",
+    "pg_publication_namespace",
+    "pg_publication_rel",
+    "pg_range",
+    "pg_rewrite",
+    "pg_seclabel",
+    "pg_sequence",
+    "pg_shdepend",
+    "pg_shdescription",
+    "pg_statistic_ext",
+    "pg_tablespace",
+    "pg_transform",
+    "pg_trigger",
+    "pg_ts_config",
+    "pg_ts_config_map",
+    "pg_ts_dict",
+    "pg_type",
+];
+
+/// Whether a transaction that seems to have changed nothing has written something that is compared nowhere: a sequence's
+/// position, a large object, a password.
+pub fn is_hidden(before: &Written, after: &Written) -> bool {
+    let grown: Vec<&str> = after
+        .catalogs
+        .iter()
+        .filter(|(name, count)| before.catalogs.get(*name).is_none_or(|before| before < count))
+        .map(|(name, _)| name.as_str())
+        .collect();
+    after.any && (!after.counted || grown.is_empty() || grown.iter().any(|name| !COMPARED.contains(name)))
 }
 
 #[cfg(test)]
@@ -309,16 +501,22 @@ mod tests {
             sole,
             rejoin: false,
             hop: None,
+            window: None,
             writers: None,
         }
     }
 
     fn seen(name: &str, state: State) -> Seen {
-        Seen { name: name.into(), state, journal: Vec::new(), prepared: Vec::new(), two_phase: true }
+        Seen { name: name.into(), state, traces: Traces { two_phase: true, ..Traces::default() } }
     }
 
     fn entry(id: &str, sha256: &str) -> Entry {
-        Entry { id: id.into(), file: "f.sql".into(), sha256: sha256.into(), nodes: vec!["a".into(), "b".into()] }
+        let nodes = vec!["a".into(), "b".into()];
+        Entry { id: id.into(), file: "f.sql".into(), sha256: sha256.into(), nodes, done: false }
+    }
+
+    fn prepared(id: &str, node: &str) -> Prepared {
+        Prepared { id: id.into(), gid: prepared_name(id, node), owner: "o".into() }
     }
 
     fn closed(id: &str, sole: bool) -> State {
@@ -346,13 +544,13 @@ mod tests {
     #[test]
     fn what_nobody_committed_is_rolled_back_and_what_somebody_did_is_committed_everywhere() {
         let mut nodes = [seen("a", closed("old", false)), seen("b", closed("old", false))];
-        nodes[0].prepared = vec!["old".into()];
-        nodes[1].prepared = vec!["old".into()];
+        nodes[0].traces.prepared = vec![prepared("old", "a")];
+        nodes[1].traces.prepared = vec![prepared("old", "b")];
         let plan = decide("new", Some("s"), &nodes).unwrap();
         assert_eq!(plan.roll_back.len(), 2);
         assert_eq!(plan.run_on, ["a", "b"]);
-        nodes[0].prepared.clear();
-        nodes[0].journal = vec![entry("old", "s")];
+        nodes[0].traces.prepared.clear();
+        nodes[0].traces.journal = vec![entry("old", "s")];
         let plan = decide("new", Some("s"), &nodes).unwrap();
         assert_eq!((plan.id.as_str(), plan.finishing), ("old", true));
         assert_eq!((plan.commit_on, plan.run_on, plan.roll_back), (vec!["b".to_owned()], vec![], vec![]));
@@ -365,12 +563,73 @@ mod tests {
     fn a_change_that_is_whole_but_left_its_nodes_closed_is_only_concluded() {
         let mut nodes = [seen("a", closed("old", true)), seen("b", state("down", false, None))];
         for node in &mut nodes {
-            node.journal = vec![entry("old", "s")];
+            node.traces.journal = vec![entry("old", "s")];
         }
         let plan = decide("new", Some("s"), &nodes).unwrap();
         assert!(plan.finishing && plan.run_on.is_empty() && plan.commit_on.is_empty());
         nodes[0].state = state("up", true, None);
         assert!(!decide("new", Some("s"), &nodes).unwrap().finishing);
+    }
+
+    #[test]
+    fn a_change_that_is_whole_stays_so_whatever_becomes_of_the_journals() {
+        let mut nodes = [seen("a", state("up", false, None)), seen("b", state("up", false, None))];
+        nodes[0].traces.journal = vec![entry("old", "s")];
+        assert!(decide("new", Some("other"), &nodes).is_err());
+        assert_eq!(half_done(&nodes).unwrap().missing_on, ["b"]);
+        nodes[0].traces.journal[0].done = true;
+        assert!(!decide("new", Some("other"), &nodes).unwrap().finishing);
+        assert!(!decide("new", Some("s"), &nodes).unwrap().finishing);
+        assert_eq!(left(&nodes), []);
+        // What is still closed for it is opened by its own file, and by whatever comes next.
+        nodes[1].state = closed("old", false);
+        assert_eq!(half_done(&nodes), None);
+        assert!(decide("new", Some("s"), &nodes).unwrap().finishing);
+        for other in [Some("other"), None] {
+            let plan = decide("new", other, &nodes).unwrap();
+            assert!(!plan.finishing && plan.resuming && plan.reopen.len() == 2);
+        }
+    }
+
+    #[test]
+    fn what_a_change_has_left_is_said() {
+        let mut nodes = [seen("a", closed("old", true)), seen("b", state("down", false, None))];
+        assert_eq!(half_done(&nodes), None);
+        let said = left(&nodes)[0].to_string();
+        assert_eq!(said, "unfinished schema change old of f.sql: closed for it: a; run that `schema` command again");
+        nodes[1].traces.prepared = vec![prepared("old", "b")];
+        assert_eq!(half_done(&nodes).unwrap().prepared_on, ["b"]);
+        nodes[0].traces.journal = vec![entry("old", "s")];
+        let said = left(&nodes)[0].to_string();
+        assert!(said.contains("committed on a, not on b, prepared on b, closed for it: a; run"), "{said}");
+    }
+
+    #[test]
+    fn what_is_compared_nowhere_is_taken_for_a_change() {
+        let written = |catalogs: &[&str]| Written {
+            any: true,
+            counted: true,
+            catalogs: catalogs.iter().map(|name| ((*name).to_owned(), 1)).collect(),
+            ..Written::default()
+        };
+        let nothing = Written { counted: true, ..Written::default() };
+        assert!(!is_hidden(&nothing, &nothing));
+        // The same function once more.
+        assert!(!is_hidden(&nothing, &written(&["pg_depend", "pg_proc"])));
+        // setval(); lo_put(); whatever there is with track_counts off.
+        assert!(is_hidden(&nothing, &written(&[])));
+        assert!(is_hidden(&nothing, &written(&["pg_largeobject", "pg_proc"])));
+        assert!(is_hidden(&nothing, &Written { counted: false, ..written(&["pg_proc"]) }));
+        // What an earlier transaction of the session has written is not this one's.
+        assert!(is_hidden(&written(&["pg_proc"]), &written(&["pg_proc"])));
+    }
+
+    #[test]
+    fn the_digest_compares_what_is_said_to_be_compared() {
+        let goes_with_others = ["pg_depend", "pg_shdepend"];
+        for name in COMPARED.iter().filter(|name| !goes_with_others.contains(name)) {
+            assert!(crate::sql::CHANGE_DIGEST.contains(&format!("from {name} ")), "{name}");
+        }
     }
 
     #[test]

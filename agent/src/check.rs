@@ -873,7 +873,10 @@ impl<'a> This<'a> {
         let absent: Vec<String> = absent
             .iter()
             .filter(|(grant, _)| !(of_extension(&grant.schema) || grant.name == "multihome"))
-            .map(|(grant, _)| format!("{} {}.{}", grant.kind, grant.schema, grant.name))
+            .map(|(grant, _)| {
+                let schema = if grant.schema.is_empty() { String::new() } else { format!("{}.", grant.schema) };
+                format!("{} {schema}{}", grant.kind, grant.name)
+            })
             .collect();
         let needed = "all that the agent does";
         let finding = match (grantable.is_empty(), absent.is_empty()) {
@@ -886,7 +889,7 @@ impl<'a> This<'a> {
             }
             (true, false) => Finding::error("agent_grants", self.name())
                 .found(format!("there is no {}", absent.join(", ")))
-                .needed("what agent.toml names under [active]"),
+                .needed("what agent.toml names under [active] and [schema]"),
         };
         out.push(finding);
     }

@@ -221,6 +221,9 @@ pub struct SchemaHow {
     /// How long replication may take to catch up.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = deadline)]
     pub wait: Duration,
+    /// Take no node down: refuse instead, and say what there is to change.
+    #[arg(long)]
+    pub no_down: bool,
     /// Say what would be done, and change nothing.
     #[arg(long)]
     pub dry_run: bool,
@@ -237,12 +240,9 @@ pub struct SchemaApply {
     /// What both have.
     #[command(flatten)]
     pub how: SchemaHow,
-    /// How long a statement may wait for a lock.
+    /// How long a statement may wait for a lock; the trial on a node that is up waits for 1s at most, for others wait behind it.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = deadline)]
     pub lock_timeout: Duration,
-    /// Do nothing but say what would change if a node is writable.
-    #[arg(long)]
-    pub no_down: bool,
 }
 
 /// Options of `schema run`.
@@ -251,6 +251,10 @@ pub struct SchemaRun {
     /// What both have.
     #[command(flatten)]
     pub how: SchemaHow,
+    /// Run the command with the nodes as they are first. If it succeeds, there was nothing to change and no node goes down: for
+    /// commands that refuse to change a database that is up, as the bot's --dbupdate does.
+    #[arg(long)]
+    pub try_up: bool,
     /// The command and its arguments. It is told STILLEBOT_NODES (names), STILLEBOT_HOSTS and STILLEBOT_PORTS (of those, separated
     /// by commas), PGDATABASE and PGUSER.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]

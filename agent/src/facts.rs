@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::change::{self, Traces};
 use crate::config::Config;
 use crate::hop::{Note, Seen};
 use crate::node::{NodeError, Session, Trouble};
@@ -16,7 +17,7 @@ use crate::sql;
 /// The state the extension keeps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
-    /// `up` or `down`.
+    /// `up`, `down`, or `maintenance`, which is down with a window.
     pub state: String,
     /// Since when, as the server writes it; not known for an up database that has restarted.
     pub since: Option<String>,
@@ -32,8 +33,19 @@ pub struct State {
     pub rejoin: bool,
     /// The note of an unfinished hop.
     pub hop: Option<serde_json::Value>,
+    /// The maintenance window that is open.
+    pub window: Option<Window>,
     /// Transactions that could write.
     pub writers: Option<i32>,
+}
+
+/// A maintenance window.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    /// Whose sessions may write.
+    pub role: String,
+    /// Until when.
+    pub until: String,
 }
 
 impl State {
@@ -159,6 +171,9 @@ pub struct Facts {
     pub extension: Extension,
     /// Its state; none if the extension cannot be used.
     pub state: Option<State>,
+    /// What changes of the schema have left there.
+    #[serde(skip)]
+    pub changes: Traces,
     /// The application's active side as this node has it.
     pub active: Option<String>,
     /// Why [`Facts::active`] is not known although configured.
@@ -174,7 +189,7 @@ pub struct Facts {
 /// Reads the state through the extension.
 pub async fn state(session: &Session, bound: Duration) -> Result<State, NodeError> {
     let row = session.row(sql::STATE, &[], bound).await?;
-    let hop: Option<String> = row.get("hop");
+    let (hop, window): (Option<String>, Option<String>) = (row.get("hop"), row.get("window"));
     Ok(State {
         state: row.get::<_, Option<String>>("state").unwrap_or_default(),
         since: row.get("since"),
@@ -184,6 +199,7 @@ pub async fn state(session: &Session, bound: Duration) -> Result<State, NodeErro
         sole: row.get("sole"),
         rejoin: row.get("rejoin"),
         hop: hop.and_then(|hop| serde_json::from_str(&hop).ok()),
+        window: window.and_then(|window| serde_json::from_str(&window).ok()),
         writers: row.get("writers"),
     })
 }
@@ -203,6 +219,7 @@ pub async fn gather(session: &Session, config: &Config, bound: Duration) -> Resu
             Err(error) => return Err(error),
         },
     };
+    let changes = if state.is_some() { traces(session, bound).await? } else { Traces::default() };
     let (active, active_flaw) = match active(session, config, bound).await {
         Ok(active) => (active, None),
         Err(error) if error.trouble == Trouble::Refused => (None, Some(error.message)),
@@ -255,12 +272,33 @@ pub async fn gather(session: &Session, config: &Config, bound: Duration) -> Resu
         monitors: identity.get("monitors"),
         extension,
         state,
+        changes,
         active,
         active_flaw,
         subscriptions,
         senders,
         sessions,
     })
+}
+
+/// What changes of the schema have left on a node; nothing if its extension is too old to know any.
+pub async fn traces(session: &Session, bound: Duration) -> Result<Traces, NodeError> {
+    if !session.row(sql::CHANGE_TELLS, &[], bound).await?.get::<_, bool>("tells") {
+        return Ok(Traces::default());
+    }
+    let told: String = session.row(sql::CHANGE_SEEN, &[], bound).await?.get("traces");
+    serde_json::from_str(&told).map_err(|error| {
+        session.error(Trouble::Refused, format!("what it says of schema changes is not understood: {error}"))
+    })
+}
+
+/// The nodes whose state is known, as the decisions about changes of the schema want them.
+pub fn changed(facts: &BTreeMap<String, Facts>) -> Vec<change::Seen> {
+    let seen = |(name, facts): (&String, &Facts)| {
+        let state = facts.state.clone()?;
+        Some(change::Seen { name: name.clone(), state, traces: facts.changes.clone() })
+    };
+    facts.iter().filter_map(seen).collect()
 }
 
 /// Reads the application's active side; none if not configured or not set.
@@ -394,6 +432,7 @@ pub fn verdict(config: &Config, facts: &BTreeMap<String, Facts>, unreachable: &[
             });
         }
     }
+    obstacles.extend(change::left(&changed(facts)).iter().map(ToString::to_string));
     obstacles.extend(unreachable.iter().map(|name| format!("{name} cannot be reached")));
     obstacles.extend(node_obstacles(config, facts));
     obstacles.extend(
@@ -447,8 +486,10 @@ mod tests {
                 sole: false,
                 rejoin: false,
                 hop: None,
+                window: None,
                 writers: None,
             }),
+            changes: Traces::default(),
             active: None,
             active_flaw: None,
             subscriptions: vec![Subscription {

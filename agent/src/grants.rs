@@ -15,7 +15,7 @@ pub struct Grant {
     pub name: String,
     /// Of a function: the types of its arguments.
     pub arguments: String,
-    /// What may be done; empty for a role.
+    /// What may be done; of a role, `set` to act as it, or empty to have what it has.
     pub privilege: String,
     /// The statement.
     pub statement: String,
@@ -42,6 +42,16 @@ pub fn wanted(config: &Config) -> Vec<Grant> {
         for privilege in ["select", "update"] {
             add("table", schema, table, privilege, &name);
         }
+    }
+    if let Some(owner) = &config.schema_role {
+        grants.push(Grant {
+            kind: "role",
+            schema: String::new(),
+            name: owner.clone(),
+            arguments: String::new(),
+            privilege: "set".to_owned(),
+            statement: format!("grant {} to {role} with inherit false, set true", quote::name(owner)),
+        });
     }
     grants
 }
@@ -91,5 +101,8 @@ mod tests {
         assert_eq!((resolve.schema.as_str(), resolve.arguments.as_str()), ("public", "bigint, text"));
         assert_eq!(grants[0].kind, "role");
         assert_eq!(grants.last().unwrap().statement, "grant update on table app.settings to \"Agent\"");
+        let text = format!("{text}\n[schema]\nrole = \"Owner\"");
+        let grants = wanted(&Config::parse(&text, &environment).unwrap());
+        assert_eq!(grants.last().unwrap().statement, "grant \"Owner\" to \"Agent\" with inherit false, set true");
     }
 }

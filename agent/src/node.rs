@@ -26,6 +26,7 @@ use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
 use tokio_openssl::SslStream;
 use tokio_postgres::config::SslMode;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{AsyncMessage, Client, NoTls, Notification, Row, Statement};
 
@@ -456,6 +457,20 @@ impl Session {
             told.hint = told.hint.or(hint.map(str::to_owned));
         }
         Err(told)
+    }
+
+    /// Prepares the transaction of this session. Of one that has done what cannot be prepared it returns why; it is rolled back
+    /// then.
+    pub async fn prepare_transaction(&self, gid: &str, bound: Duration) -> Result<Option<String>, NodeError> {
+        let statement = format!("prepare transaction {}", crate::quote::literal(gid));
+        match timeout(bound, self.client.batch_execute(&statement)).await {
+            Ok(Ok(())) => Ok(None),
+            Ok(Err(error)) if error.code() == Some(&SqlState::FEATURE_NOT_SUPPORTED) => {
+                Ok(Some(self.call_error(&error).message))
+            }
+            Ok(Err(error)) => Err(self.call_error(&error)),
+            Err(_) => self.bounded(std::future::pending(), Duration::ZERO).await,
+        }
     }
 
     /// Runs one statement in a transaction of its own that says READ WRITE; returns the number of rows it changed.

@@ -628,7 +628,8 @@ impl<'a> Planner<'a> {
             })
         };
         for (grant, there) in &survey.missing_grants {
-            if *there || (anew && known(grant)) {
+            // A role does not come with the extension.
+            if *there || (anew && grant.kind != "role" && known(grant)) {
                 steps.push(run(node, &grant.statement, "what the agent needs, and nothing more"));
             }
         }

@@ -17,8 +17,11 @@ queries! {
     CERT_OWN = "cert_own.sql";
     CERT_SENDER = "cert_sender.sql";
     CERT_WORKER = "cert_worker.sql";
+    CHANGE_CONCLUDE = "change_conclude.sql";
     CHANGE_DIGEST = "change_digest.sql";
+    CHANGE_MAY = "change_may.sql";
     CHANGE_SEEN = "change_seen.sql";
+    CHANGE_TELLS = "change_tells.sql";
     CHANGE_WRITTEN = "change_written.sql";
     CLOCK = "clock.sql";
     CLOSE_WINDOW = "close_window.sql";

@@ -368,7 +368,11 @@ fn become_node(identity: Option<&Identity>) {
     let latter = node_id();
     *NODE_ID.lock().unwrap_or_else(PoisonError::into_inner) = (0, 0, String::new());
     if former != latter {
-        for table in ["log", "fault"] {
+        // The last one is of version 0.5.
+        for table in ["log", "fault", "schema_change"] {
+            if !is_there(table) {
+                continue;
+            }
             let rename = format!("update multihome.{table} set node = $2 where node = $1");
             Spi::run_with_args(&rename, &[former.as_str().into(), latter.as_str().into()])
                 .unwrap_or_else(|error| pgrx::error!("cannot rename the node in multihome.{table}: {error}"));
@@ -376,6 +380,14 @@ fn become_node(identity: Option<&Identity>) {
     }
     // SAFETY: sets a flag of the current transaction.
     unsafe { pg_sys::ForceSyncCommit() };
+}
+
+fn is_there(table: &str) -> bool {
+    let found = Spi::get_one_with_args::<bool>(
+        "select exists (select from pg_catalog.pg_class where relname = $1 and relnamespace = 'multihome'::pg_catalog.regnamespace)",
+        &[table.into()],
+    );
+    found.ok().flatten().unwrap_or(false)
 }
 
 fn random_uuid() -> String {

@@ -638,6 +638,8 @@ fn copy_hint(buffer: &mut [u8; 1024]) {
     let text = shmem::my_database().and_then(Database::text);
     let hint = if window::has_let_in() {
         "The maintenance window that this transaction began in is over. Open one again, and begin anew.".to_owned()
+    } else if shmem::my_database().is_some_and(window::is_for_younger_sessions) {
+        "A maintenance window is open for this role, and for sessions that began after it. Connect anew.".to_owned()
     } else {
         text.map_or_else(guc::session_state, |text| State::parse(&text)).hint()
     };

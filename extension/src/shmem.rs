@@ -54,6 +54,7 @@ pub struct Database {
     /// `role << 32 | serial` of the maintenance window, role 0 when it is shut: one word, so that whoever looks at it is let
     /// in by one window or by none. What follows was written before it.
     window: AtomicU64,
+    opened: AtomicI64,
     until: AtomicI64,
     holder: AtomicI32,
     by: AtomicU32,
@@ -67,7 +68,8 @@ pub struct Window {
     pub serial: u32,
     /// The oid of the role that may; 0 when the window is shut.
     pub role: u32,
-    /// Its deadline, as a timestamptz.
+    /// When it was opened, and its deadline, as timestamptz.
+    pub opened: i64,
     pub until: i64,
     /// The process that holds it open, and the oid of its user.
     pub holder: i32,
@@ -310,6 +312,7 @@ impl Database {
         Window {
             serial: word as u32,
             role: (word >> 32) as u32,
+            opened: self.opened.load(Ordering::Relaxed),
             until: self.until.load(Ordering::Relaxed),
             holder: self.holder.load(Ordering::Relaxed),
             by: self.by.load(Ordering::Relaxed),
@@ -318,6 +321,7 @@ impl Database {
 
     /// Opens a window; its serial is found here. The caller holds the extension's lock.
     pub fn open_window(&self, window: Window) {
+        self.opened.store(window.opened, Ordering::Relaxed);
         self.until.store(window.until, Ordering::Relaxed);
         self.holder.store(window.holder, Ordering::Relaxed);
         self.by.store(window.by, Ordering::Relaxed);
@@ -640,10 +644,10 @@ mod tests {
     #[test]
     fn a_window_is_shut_by_who_means_that_one() {
         let database = zeroed::<Database>();
-        let open = |role| database.open_window(Window { serial: 0, role, until: 7, holder: 8, by: 9 });
+        let open = |role| database.open_window(Window { serial: 0, role, opened: 6, until: 7, holder: 8, by: 9 });
         open(5);
         let first = database.window();
-        assert_eq!(first, Window { serial: 1, role: 5, until: 7, holder: 8, by: 9 });
+        assert_eq!(first, Window { serial: 1, role: 5, opened: 6, until: 7, holder: 8, by: 9 });
         database.shut_window(first);
         assert_eq!(database.window().role, 0);
         open(6);

@@ -1,6 +1,9 @@
 //! The maintenance window: for a while, the sessions of one role may write to a database that is down. It is the only way
 //! through, and for changes of the schema.
 //!
+//! Only sessions that began after it was opened, and the one that opened it: an application that runs as that role and has
+//! not heard that its database is down would otherwise write here, and what is written here does not travel.
+//!
 //! It lives in shared memory and nowhere else, so a restart shuts it. It is shut by its holder, the session that opened it;
 //! by the end of that session; and by its deadline, which whoever wants in looks at. The record of the database says
 //! "down" all the time, so nothing that is told by it, as libpq and the bot are, takes the database for the live one.
@@ -63,9 +66,7 @@ pub fn lets_in(database: &Database, marked: bool) -> bool {
 }
 
 fn admits(window: Window, marked: bool) -> bool {
-    // SAFETY: backend-local, and set in whatever runs statements.
-    let me = unsafe { pg_sys::GetAuthenticatedUserId() }.to_u32();
-    if window.role != me || is_over(window) {
+    if !is_for_me(window) || is_over(window) || comes_from_before(window) {
         return false;
     }
     match let_in_by() {
@@ -78,6 +79,23 @@ fn admits(window: Window, marked: bool) -> bool {
             true
         }
     }
+}
+
+fn is_for_me(window: Window) -> bool {
+    // SAFETY: backend-local, and set in whatever runs statements.
+    window.role == unsafe { pg_sys::GetAuthenticatedUserId() }.to_u32()
+}
+
+/// Whether this session is older than the window that it wants in by, and not its holder.
+fn comes_from_before(window: Window) -> bool {
+    // SAFETY: backend-local, set before a process runs its first statement.
+    unsafe { pg_sys::MyStartTimestamp < window.opened && pg_sys::MyProcPid != window.holder }
+}
+
+/// Whether a window is open that would let this session in if it were younger.
+pub fn is_for_younger_sessions(database: &Database) -> bool {
+    let window = database.window();
+    is_for_me(window) && !is_over(window) && comes_from_before(window)
 }
 
 /// Unless the session says itself where its changes are from.
@@ -129,10 +147,12 @@ fn multihome_open_window(role: Option<&CStr>, length: Option<Interval>) {
     require_shut(call.database(), "multihome.open_window()");
     // SAFETY: a C string; raises if there is no such role. The clock and the rest are backend-local.
     let window = unsafe {
+        let opened = compat::GetCurrentTimestamp();
         Window {
             serial: 0,
             role: pg_sys::get_role_oid(role.as_ptr(), false).to_u32(),
-            until: compat::GetCurrentTimestamp() + length.as_micros() as i64,
+            opened,
+            until: opened + length.as_micros() as i64,
             holder: pg_sys::MyProcPid,
             by: pg_sys::GetSessionUserId().to_u32(),
         }

@@ -1,7 +1,8 @@
 //! `schema apply` and `schema run`: a change of the schema on all nodes, or on none.
 //!
 //! Walks the steps of `crate::change`. Up to the first commit every failure leads back: transactions and prepared ones are
-//! rolled back, windows closed, nodes opened as they were. After it every way leads forward.
+//! rolled back, windows closed, nodes opened as they were, each by itself; one that cannot be asked is named and stays as it is.
+//! After it every way leads forward.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Stdio;
@@ -15,7 +16,7 @@ use tokio::process::{Child, Command};
 use tokio_postgres::types::PgLsn;
 
 use super::{Context, IN_THE_WAY, Reply, UP_BOUND, open, pause, print, unreachable, whoami};
-use crate::change::{self, Closed, Entry, Plan, Seen};
+use crate::change::{self, Closed, Plan, Prepared, Seen, Written, prepared_name};
 use crate::cli::{SchemaApply, SchemaHow, SchemaRun};
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts::{self, Facts};
@@ -31,6 +32,8 @@ const END_BOUND: Duration = Duration::from_secs(20);
 const REFRESH_BOUND: Duration = Duration::from_secs(30);
 /// How long undoing may take on each node.
 const UNDO_BOUND: Duration = Duration::from_secs(15);
+/// How long the trial may wait for a lock on a node that is up, where everybody else waits behind it.
+const BRIEF: Duration = Duration::from_secs(1);
 /// How long a command may take to end when it is asked to.
 const END_OF_COMMAND: Duration = Duration::from_secs(10);
 
@@ -38,6 +41,8 @@ const END_OF_COMMAND: Duration = Duration::from_secs(10);
 struct Content<'a> {
     /// The file or the command, as it is called in reports.
     what: String,
+    /// The same for everybody to read: without a command's arguments, of which one may be a password.
+    public: String,
     text: &'a str,
     sha256: Option<String>,
     lock_timeout: Duration,
@@ -49,6 +54,17 @@ enum Trial {
     Changes { node: String, list: Vec<String> },
 }
 
+/// How far a node has come with its part.
+enum Part {
+    /// Its transaction is open.
+    Ready,
+    Prepared,
+    /// Undone there: what it has done cannot be prepared, and why.
+    CannotPrepare(String),
+    /// Undone there, by the failure to prepare it.
+    Failed(NodeError),
+}
+
 /// A change under way.
 struct Work<'a> {
     context: &'a Context,
@@ -58,14 +74,17 @@ struct Work<'a> {
     crew: Crew<'a>,
     limits: Limits,
     plan: Plan,
-    /// Who prepared what, by node and id.
-    owners: BTreeMap<(String, String), String>,
+    /// What earlier runs have prepared, by node and id.
+    prepared: BTreeMap<(String, String), Prepared>,
     windows: BTreeSet<String>,
     /// Nodes with an open transaction, failed or not.
     in_transaction: BTreeSet<String>,
     began: Instant,
-    /// Since when writes are refused.
+    /// Since when writes are refused, and until when.
     closed: Option<Instant>,
+    opened: Option<Instant>,
+    /// For how long the trial may have kept others waiting on a node that is up.
+    blocked: Duration,
     steps: Vec<Value>,
 }
 
@@ -76,40 +95,29 @@ pub async fn apply(context: &Context, options: &SchemaApply) -> Result<Reply, Fa
             .hint("the file has to be SQL, in UTF-8")
     })?;
     let sha256: String = openssl::sha::sha256(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
-    let content = Content {
-        what: options.file.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-        text: &text,
-        sha256: Some(sha256),
-        lock_timeout: options.lock_timeout,
-    };
+    let what = options.file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let content =
+        Content { public: what.clone(), what, text: &text, sha256: Some(sha256), lock_timeout: options.lock_timeout };
     let mut work = Work::begin(context, &options.how, content).await?;
-    if !work.plan.finishing {
-        work.pause("trial", false);
-        let trial = match work.trial().await {
-            Ok(trial) => trial,
-            Err(failure) => return Err(work.nothing_changed(failure).await),
-        };
-        work.pause("trial", true);
-        let (node, list) = match trial {
-            Trial::Nothing => return work.nothing().await,
-            Trial::Changes { node, list } => (node, list),
-        };
-        if options.how.dry_run {
-            return Ok(work.describe(&list));
+    work.pause("trial", false);
+    let trial = match work.trial().await {
+        Ok(trial) => trial,
+        Err(failure) => return Err(work.nothing_changed(failure).await),
+    };
+    work.pause("trial", true);
+    let list = match trial {
+        _ if work.plan.finishing => vec![format!("an earlier run is finished: change {}", work.plan.id)],
+        Trial::Nothing => return work.nothing().await,
+        Trial::Changes { node, list } => {
+            work.note("trial", format!("{node} would change{}", work.blocked_for()));
+            list
         }
-        if options.no_down && !work.plan.close.is_empty() {
-            let up: Vec<&str> = work.plan.close.iter().map(|(name, _)| name.as_str()).collect();
-            let failure = Failure::new(
-                Kind::Undone,
-                format!("{} is writable, and there is something to change", up.join(" and ")),
-            )
-            .detail(list.join("\n"))
-            .hint("take it down first, or leave --no-down out");
-            return Err(work.nothing_changed(failure).await);
-        }
-        work.note("trial", format!("{node} would change"));
-    } else if options.how.dry_run {
-        return Ok(work.describe(&[format!("an earlier run is finished: change {}", work.plan.id)]));
+    };
+    if options.how.dry_run {
+        return Ok(work.describe(&list));
+    }
+    if options.how.no_down && !work.plan.close.is_empty() {
+        return Err(work.refused_to_close("there is something to change", Some(list.join("\n"))).await);
     }
     match work.until_committed().await {
         Ok(()) => work.conclude(None).await,
@@ -119,11 +127,33 @@ pub async fn apply(context: &Context, options: &SchemaApply) -> Result<Reply, Fa
 
 /// `schema run`.
 pub async fn run(context: &Context, options: &SchemaRun) -> Result<Reply, Failure> {
-    let what = options.command.join(" ");
-    let content = Content { what, text: "", sha256: None, lock_timeout: Duration::ZERO };
+    let program = std::path::Path::new(&options.command[0]).file_name().unwrap_or_default();
+    let content = Content {
+        what: options.command.join(" "),
+        public: program.to_string_lossy().into_owned(),
+        text: "",
+        sha256: None,
+        lock_timeout: Duration::ZERO,
+    };
     let mut work = Work::begin(context, &options.how, content).await?;
     if options.how.dry_run {
-        return Ok(work.describe(&[format!("would run: {}", work.content.what)]));
+        let first = if options.try_up { " with the nodes as they are first" } else { "" };
+        return Ok(work.describe(&[format!("would run{first}: {}", work.content.what)]));
+    }
+    let mut needed = "whether there is something to change, only the command knows".to_owned();
+    if options.try_up {
+        let before = work.schemas().await?;
+        match work.command(&options.command).await {
+            Ok(()) => return work.was_enough(&before).await,
+            Err(failure) if work.context.signals.received().is_some() => {
+                return Err(work.nothing_changed(failure).await);
+            }
+            Err(failure) => needed = format!("with the nodes as they are {}", failure.message),
+        }
+        work.note("trial", needed.clone());
+    }
+    if options.how.no_down && !work.plan.close.is_empty() {
+        return Err(work.refused_to_close(&needed, None).await);
     }
     if let Err(failure) = work.until_windows().await {
         return Err(work.back(failure).await);
@@ -171,11 +201,13 @@ impl<'a> Work<'a> {
             crew,
             limits,
             plan,
-            owners: BTreeMap::new(),
+            prepared: BTreeMap::new(),
             windows: BTreeSet::new(),
             in_transaction: BTreeSet::new(),
             began,
             closed: None,
+            opened: None,
+            blocked: Duration::ZERO,
             steps: Vec::new(),
         };
         work.pause("lock", false);
@@ -200,28 +232,25 @@ impl<'a> Work<'a> {
                 let flaw = facts.extension.flaw().unwrap_or_default();
                 return Err(Failure::new(Kind::Undone, format!("{name}: {flaw}; nothing was changed")));
             };
-            let seen =
-                self.crew.session(&name)?.row(sql::CHANGE_SEEN, &[&self.role], LOOK_BOUND).await.map_err(|error| {
-                    Failure::from(error)
-                        .hint("the extension has to be of version 0.5: alter extension stillebot update")
-                })?;
-            let may_act: Option<bool> = seen.get("may_act");
+            let may = self.crew.session(&name)?.row(sql::CHANGE_MAY, &[&self.role], LOOK_BOUND).await?;
+            let may_conclude: Option<bool> = may.get("may_conclude");
+            if may_conclude.is_none() || (self.content.sha256.is_some() && may_conclude != Some(true)) {
+                return Err(may_not_conclude(&name, may_conclude));
+            }
+            let may_act: Option<bool> = may.get("may_act");
             if may_act.is_none() || (self.content.sha256.is_some() && may_act != Some(true)) {
                 return Err(self.may_not_act(&name, may_act));
             }
-            let (journal, prepared): (String, String) = (seen.get("journal"), seen.get("prepared"));
-            let journal = read_journal(&journal);
-            let prepared: BTreeMap<String, String> = serde_json::from_str(&prepared).unwrap_or_default();
-            let ids = prepared.keys().cloned().collect();
-            self.owners.extend(prepared.into_iter().map(|(id, owner)| ((name.clone(), id), owner)));
-            nodes.push(Seen { name, state, journal, prepared: ids, two_phase: seen.get("two_phase") });
+            let traces = facts.changes;
+            self.prepared.extend(traces.prepared.iter().map(|it| ((name.clone(), it.id.clone()), it.clone())));
+            nodes.push(Seen { name, state, traces });
         }
         nodes.sort_by_key(|node| self.context.config.nodes.iter().position(|known| known.name == node.name));
         self.plan = change::decide(&new_id()?, self.content.sha256.as_deref(), &nodes).map_err(|refusal| {
             Failure::new(Kind::Undone, format!("{}; nothing was changed", refusal.why)).hint(refusal.hint)
         })?;
-        // A command that was killed may have done a part.
-        if !self.plan.finishing && !self.plan.resuming {
+        // A command may be what makes them alike, and one that was killed may have done a part.
+        if self.content.sha256.is_some() && !self.plan.finishing && !self.plan.resuming {
             let differences = change::differences(&self.schemas().await?);
             if !differences.is_empty() {
                 return Err(Failure::new(Kind::Undone, "the schemas of the nodes are not alike; nothing was changed")
@@ -290,50 +319,61 @@ impl<'a> Work<'a> {
 
     // ---- the trial ----
 
-    /// Nodes that are down come first: there it costs nobody anything, and one that would change answers for all.
+    /// Nodes that are down come first: there it costs nobody anything, and one that would change answers for all. What an earlier
+    /// run has begun is tried wherever it is still to be run: a node that refuses it must not go down for nothing.
     async fn trial(&mut self) -> Result<Trial, Failure> {
         let up: BTreeSet<String> = self.plan.close.iter().map(|(name, _)| name.clone()).collect();
-        let (up, down): (Vec<String>, Vec<String>) = self.names().into_iter().partition(|name| up.contains(name));
+        let (up, down): (Vec<String>, Vec<String>) =
+            self.plan.run_on.iter().cloned().partition(|name| up.contains(name));
         for name in down.iter().chain(&up) {
             self.stop_now()?;
             let is_down = down.contains(name);
             if is_down {
                 self.open_window(name, &self.context.config.user.clone()).await?;
             }
-            let tried = self.try_on(name).await;
-            if is_down && tried.is_ok() {
+            let began = Instant::now();
+            let tried = self.try_on(name, if is_down { self.content.lock_timeout } else { self.brief() }).await;
+            if !is_down {
+                self.blocked += began.elapsed();
+            } else if tried.is_ok() {
                 self.close_window(name).await?;
             }
             match tried? {
-                Trial::Nothing => {}
-                changes @ Trial::Changes { .. } => return Ok(changes),
+                changes @ Trial::Changes { .. } if !self.plan.finishing => return Ok(changes),
+                _ => {}
             }
         }
         Ok(Trial::Nothing)
     }
 
-    async fn try_on(&self, name: &str) -> Result<Trial, Failure> {
+    fn brief(&self) -> Duration {
+        self.content.lock_timeout.min(BRIEF)
+    }
+
+    async fn try_on(&self, name: &str, lock_timeout: Duration) -> Result<Trial, Failure> {
         let session = self.crew.session(name)?;
         session.run("begin read write", LOOK_BOUND).await?;
         let work = async {
-            let rows = async || session.row(sql::CHANGE_WRITTEN, &[], self.how.window).await;
-            let before: i64 = rows().await?.get("rows");
+            let before = written(session).await?;
             let schema_before = schema::read(session, LOOK_BOUND).await?;
             let digest_before: String = session.row(sql::CHANGE_DIGEST, &[], LOOK_BOUND).await?.get("digest");
-            session.script(&self.statements(), self.how.window).await?;
-            let after = rows().await?;
+            session.script(&self.statements(lock_timeout), self.how.window).await?;
+            let after = written(session).await?;
             let mut list = Vec::new();
-            if after.get("written") {
+            if after.any {
                 let digest: String = session.row(sql::CHANGE_DIGEST, &[], LOOK_BOUND).await?.get("digest");
-                let written = after.get::<_, i64>("rows") - before;
+                let rows = after.rows - before.rows;
                 if digest != digest_before {
                     list = change::effects(&schema_before, &schema::read(session, LOOK_BOUND).await?);
                     if list.is_empty() {
                         list.push("privileges, comments or the like: changed".to_owned());
                     }
                 }
-                if written > 0 {
-                    list.push(format!("rows: {written} written"));
+                if rows > 0 {
+                    list.push(format!("rows: {rows} written"));
+                }
+                if list.is_empty() && change::is_hidden(&before, &after) {
+                    list.push("something that is not compared: changed".to_owned());
                 }
             }
             Ok::<_, NodeError>(list)
@@ -354,13 +394,13 @@ impl<'a> Work<'a> {
 
     /// The file as one statement, which the server takes apart: it refuses control of transactions there, and what cannot be in
     /// one.
-    fn statements(&self) -> String {
+    fn statements(&self, lock_timeout: Duration) -> String {
         let execute = format!("begin execute {}; end", quote::literal(self.content.text));
         format!(
             "set local idle_in_transaction_session_timeout = 0; set local lock_timeout = {}; \
              set local search_path = \"$user\", public; set local role {}; do {}; \
              set constraints all immediate; set local role none; set local search_path = pg_catalog",
-            self.content.lock_timeout.as_millis(),
+            lock_timeout.as_millis(),
             quote::name(&self.role),
             quote::literal(&execute)
         )
@@ -368,15 +408,66 @@ impl<'a> Work<'a> {
 
     async fn nothing(&mut self) -> Result<Reply, Failure> {
         let text = format!("nothing to do: {} changes nothing on any node", self.content.what);
-        let left: Vec<(String, bool)> =
-            self.plan.reopen.iter().filter(|node| !self.plan.close.contains(node)).cloned().collect();
+        let left = self.left_closed();
         if !self.how.dry_run && !left.is_empty() {
-            // What an earlier run had closed.
             self.reopen().await?;
         }
         let json = json!({"command": "schema apply", "outcome": "nothing_to_do", "message": text,
-            "reopened": left.iter().map(|(name, _)| name).collect::<Vec<_>>(), "writes_refused_ms": 0, "steps": self.steps});
+            "reopened": left, "writes_refused_ms": 0,
+            "writes_blocked_ms": ms(self.blocked), "steps": self.steps});
         Ok(Reply::done(text, json))
+    }
+
+    /// After a command that has succeeded with the nodes as they are.
+    async fn was_enough(&mut self, before: &[(String, Schema)]) -> Result<Reply, Failure> {
+        let after = self.schemas().await?;
+        let differences = change::differences(&after);
+        if !differences.is_empty() {
+            let failure = Failure::new(
+                Kind::Undone,
+                "the command succeeds with the nodes as they are, and the schemas of the nodes are not alike",
+            )
+            .detail(differences.join("\n"))
+            .hint("make them alike with a command that does, or without --try-up");
+            return Err(self.reported(failure));
+        }
+        let changed = before != after;
+        if changed {
+            for name in self.names() {
+                self.crew.ask(&name, sql::REFRESH, &[], REFRESH_BOUND).await?;
+            }
+            self.note("refresh", "subscriptions refreshed, nothing copied");
+        }
+        let left = self.left_closed();
+        if !left.is_empty() {
+            self.reopen().await?;
+        }
+        let (what, outcome) = (&self.content.what, if changed { "done" } else { "nothing_to_do" });
+        let text = if changed {
+            format!("{what} has changed the schema with the nodes as they are")
+        } else {
+            format!("nothing to do: {what} succeeds with the nodes as they are")
+        };
+        let json = json!({"command": "schema run", "outcome": outcome, "message": text,
+            "reopened": left, "writes_refused_ms": 0, "steps": self.steps});
+        Ok(Reply::done(text, json))
+    }
+
+    /// What an earlier run had closed.
+    fn left_closed(&self) -> Vec<String> {
+        let left =
+            self.plan.reopen.iter().filter(|(name, _)| !self.plan.close.iter().any(|(closed, _)| closed == name));
+        left.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// With --no-down.
+    async fn refused_to_close(&mut self, why: &str, detail: Option<String>) -> Failure {
+        let up: Vec<&str> = self.plan.close.iter().map(|(name, _)| name.as_str()).collect();
+        let verb = if up.len() > 1 { "are" } else { "is" };
+        let mut failure = Failure::new(Kind::Undone, format!("{} {verb} writable, and {why}", up.join(" and ")))
+            .hint("take it down first, or leave --no-down out");
+        failure.detail = detail;
+        self.nothing_changed(failure).await
     }
 
     /// After a failure before any node was taken down.
@@ -389,7 +480,11 @@ impl<'a> Work<'a> {
                 failure = failure.also(&error.message);
             }
         }
-        if failure.kind == Kind::Undone {
+        if self.plan.finishing {
+            failure.kind = Kind::NeedsPerson;
+            failure.message =
+                format!("an earlier run's change cannot be finished, and nothing was changed: {}", failure.message);
+        } else if failure.kind == Kind::Undone {
             failure.message = format!("{}; nothing was changed", failure.message);
         }
         self.reported(failure)
@@ -405,7 +500,8 @@ impl<'a> Work<'a> {
         if !self.plan.reopen.is_empty() {
             lines.push(format!("would open {} at the end", names(&self.plan.reopen)));
         }
-        let json = json!({"command": self.verb(), "outcome": "dry_run", "would": lines, "steps": self.steps});
+        let json = json!({"command": self.verb(), "outcome": "dry_run", "would": lines,
+            "writes_blocked_ms": ms(self.blocked), "steps": self.steps});
         Reply::done(lines.join("\n"), json)
     }
 
@@ -440,7 +536,7 @@ impl<'a> Work<'a> {
     async fn close(&mut self) -> Result<(), Failure> {
         self.closed = Some(Instant::now());
         for (name, sole) in self.plan.close.clone() {
-            let reason = Closed { id: self.plan.id.clone(), sole }.reason(&self.content.what);
+            let reason = Closed { id: self.plan.id.clone(), sole }.reason(&self.content.public);
             let seconds = self.how.timeout.as_secs_f64();
             let limits = Limits::new(self.how.timeout + UNDO_BOUND, &self.context.signals);
             let bound = self.how.timeout + UNDO_BOUND;
@@ -511,8 +607,23 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
-    /// Runs the file everywhere, each time in a transaction that stays open, or is prepared.
+    /// Runs the file everywhere, each time in a transaction that stays open, or is prepared. What some node cannot prepare, such
+    /// as temporary tables or rows whose trigger notifies, is run once more, to be committed on one node after the other.
     async fn change(&mut self) -> Result<(), Failure> {
+        if let Some(why) = self.run_everywhere().await? {
+            self.plan.two_phase = false;
+            self.note("change", format!("cannot be prepared, so it is committed on one node after the other: {why}"));
+            self.run_everywhere().await?;
+        }
+        if !self.plan.run_on.is_empty() {
+            let how = if self.plan.two_phase { "prepared" } else { "ready to commit" };
+            self.note("change", format!("{how} on {}", self.plan.run_on.join(", ")));
+        }
+        self.stop_now()
+    }
+
+    /// Once. Returns why it cannot be prepared; then it is undone.
+    async fn run_everywhere(&mut self) -> Result<Option<String>, Failure> {
         let all =
             self.context.config.nodes.iter().map(|node| quote::literal(&node.name)).collect::<Vec<_>>().join(", ");
         let note = format!(
@@ -522,22 +633,24 @@ impl<'a> Work<'a> {
             quote::literal(self.content.sha256.as_deref().unwrap_or_default()),
             quote::literal(&whoami())
         );
-        let statements = format!("{note}; {}", self.statements());
-        let prepare = format!("prepare transaction {}", quote::literal(&prepared_name(&self.plan.id)));
-        let (crew, two_phase, bound) = (&self.crew, self.plan.two_phase, self.how.window);
+        let statements = format!("{note}; {}", self.statements(self.content.lock_timeout));
+        let (crew, id, two_phase, bound) = (&self.crew, &self.plan.id, self.plan.two_phase, self.how.window);
         let role = format!("set role {}", quote::name(&self.role));
         self.in_transaction = self.plan.run_on.iter().cloned().collect();
         let work = join_all(self.plan.run_on.iter().map(async |name| {
             let session = crew.session(name)?;
             session.script(&statements, bound).await?;
             if !two_phase {
-                return Ok::<_, NodeError>(None);
+                return Ok::<_, NodeError>(Part::Ready);
             }
             // Who prepares it is who may end it later. A refusal ends the transaction, too.
             session.run(&role, LOOK_BOUND).await?;
-            session.run(&prepare, END_BOUND).await?;
+            let part = match session.prepare_transaction(&prepared_name(id, name), END_BOUND).await {
+                Ok(refused) => refused.map_or(Part::Prepared, Part::CannotPrepare),
+                Err(error) => return Ok(Part::Failed(error)),
+            };
             session.run("reset role", LOOK_BOUND).await?;
-            Ok(Some(name.clone()))
+            Ok(part)
         }));
         let results = match self.limits_of_statements().run(work).await {
             Ok(results) => results,
@@ -549,27 +662,35 @@ impl<'a> Work<'a> {
                 return Err(halted(halt, "during the change"));
             }
         };
-        let mut failure: Option<Failure> = None;
-        for result in results {
+        let (mut prepared, mut cannot, mut errors) = (Vec::new(), None, Vec::new());
+        for (name, result) in self.plan.run_on.clone().into_iter().zip(results) {
             match result {
-                Ok(Some(prepared)) => drop(self.in_transaction.remove(&prepared)),
-                Ok(None) => {}
-                Err(error) => {
-                    failure = Some(match failure {
-                        None => error.into(),
-                        Some(failure) => failure.also(&error.to_string()),
-                    });
+                Ok(Part::Ready) => {}
+                Ok(Part::Prepared) => {
+                    self.in_transaction.remove(&name);
+                    prepared.push(name);
                 }
+                Ok(Part::CannotPrepare(why)) => {
+                    self.in_transaction.remove(&name);
+                    cannot = Some(format!("{name}: {why}"));
+                }
+                Ok(Part::Failed(error)) => {
+                    self.in_transaction.remove(&name);
+                    errors.push(error);
+                }
+                Err(error) => errors.push(error),
             }
         }
-        if let Some(failure) = failure {
-            return Err(failure);
+        let mut errors = errors.into_iter();
+        if let Some(first) = errors.next() {
+            return Err(errors.fold(first.into(), |failure: Failure, error| failure.also(&error.to_string())));
         }
-        if !self.plan.run_on.is_empty() {
-            let how = if two_phase { "prepared" } else { "ready to commit" };
-            self.note("change", format!("{how} on {}", self.plan.run_on.join(", ")));
+        if cannot.is_some() {
+            for name in prepared {
+                self.end_prepared("rollback", &name, &self.plan.id.clone()).await?;
+            }
         }
-        self.stop_now()
+        Ok(cannot)
     }
 
     /// An error leads back only if nothing is committed.
@@ -583,6 +704,9 @@ impl<'a> Work<'a> {
             .map(|name| (name.clone(), true))
             .chain(self.plan.run_on.iter().map(|name| (name.clone(), self.plan.two_phase)))
             .collect();
+        // Who cannot be asked any more shall not be found out after the first commit.
+        let asked = todo.iter().map(async |(name, _)| self.crew.session(name)?.run("select", LOOK_BOUND).await);
+        join_all(asked).await.into_iter().collect::<Result<Vec<()>, NodeError>>()?;
         for (index, (name, prepared)) in todo.iter().enumerate() {
             if index == 1 {
                 self.pause("commit", true);
@@ -633,18 +757,18 @@ impl<'a> Work<'a> {
         if self.crew.session(name).is_ok_and(Session::is_lost) || self.crew.session(name).is_err() {
             self.crew.learn(name, UNDO_BOUND).await.ok()?;
         }
-        let role = self.role.clone();
-        let seen = self.crew.ask(name, sql::CHANGE_SEEN, &[&role], LOOK_BOUND).await.ok()?;
-        let journal: String = seen.first()?.get("journal");
-        Some(read_journal(&journal).iter().any(|entry| entry.id == self.plan.id))
+        let traces = facts::traces(self.crew.session(name).ok()?, LOOK_BOUND).await.ok()?;
+        Some(traces.journal.iter().any(|entry| entry.id == self.plan.id))
     }
 
     /// Commits or rolls back what is prepared, as its owner.
     async fn end_prepared(&mut self, verb: &str, node: &str, id: &str) -> Result<(), Failure> {
-        let owner = self.owners.get(&(node.to_owned(), id.to_owned())).unwrap_or(&self.role).clone();
+        let known = self.prepared.get(&(node.to_owned(), id.to_owned()));
+        let owner = known.map_or(&self.role, |known| &known.owner);
+        let gid = known.map_or_else(|| prepared_name(id, node), |known| known.gid.clone());
         let session = self.crew.session(node)?;
-        session.run(&format!("set role {}", quote::name(&owner)), LOOK_BOUND).await?;
-        let ended = session.run(&format!("{verb} prepared {}", quote::literal(&prepared_name(id))), END_BOUND).await;
+        session.run(&format!("set role {}", quote::name(owner)), LOOK_BOUND).await?;
+        let ended = session.run(&format!("{verb} prepared {}", quote::literal(&gid)), END_BOUND).await;
         session.run("reset role", LOOK_BOUND).await?;
         Ok(ended?)
     }
@@ -723,13 +847,16 @@ impl<'a> Work<'a> {
         }
         let text = format!("{} is done on {}{}", self.content.what, self.names().join(" and "), refused_for(refused));
         let json = json!({"command": self.verb(), "outcome": "done", "id": self.plan.id, "nodes": self.names(),
-            "writes_refused_ms": refused.map_or(0.0, ms), "steps": self.steps});
+            "writes_refused_ms": refused.map_or(0.0, ms), "writes_blocked_ms": ms(self.blocked), "steps": self.steps});
         Ok(Reply::done(text, json))
     }
 
     async fn closed_and_compared(&mut self) -> Result<Vec<String>, Failure> {
         for name in self.names() {
             if self.windows.contains(&name) {
+                if self.content.sha256.is_some() {
+                    self.crew.session(&name)?.run(sql::CHANGE_CONCLUDE, END_BOUND).await?;
+                }
                 self.close_window(&name).await?;
             }
         }
@@ -738,18 +865,24 @@ impl<'a> Work<'a> {
 
     async fn reopen(&mut self) -> Result<(), Failure> {
         for (name, sole) in self.plan.reopen.clone() {
-            if let Err(error) = open(&mut self.crew, &name, sole).await {
-                let learned =
-                    if error.trouble == Trouble::Refused { None } else { self.crew.learn(&name, UP_BOUND).await.ok() };
-                if !learned.is_some_and(|state| state.is_up()) {
-                    return Err(error.into());
-                }
-            }
+            self.open_as_before(&name, sole).await?;
         }
         if !self.plan.reopen.is_empty() {
             let names: Vec<&str> = self.plan.reopen.iter().map(|(name, _)| name.as_str()).collect();
             self.note("reopen", format!("{} up, as before", names.join(", ")));
         }
+        Ok(())
+    }
+
+    async fn open_as_before(&mut self, name: &str, sole: bool) -> Result<(), Failure> {
+        if let Err(error) = open(&mut self.crew, name, sole).await {
+            let learned =
+                if error.trouble == Trouble::Refused { None } else { self.crew.learn(name, UP_BOUND).await.ok() };
+            if !learned.is_some_and(|state| state.is_up()) {
+                return Err(error.into());
+            }
+        }
+        self.opened = Some(Instant::now());
         Ok(())
     }
 
@@ -764,6 +897,10 @@ impl<'a> Work<'a> {
     }
 
     /// Undoes everything, after a failure before the first commit.
+    ///
+    /// Nothing is committed anywhere then, and whoever could commit is this process, so each node goes back without asking the
+    /// others: what is open again was open before. What is prepared on a node that cannot be asked is in no journal, so that a
+    /// later run rolls it back.
     async fn back(&mut self, cause: Failure) -> Failure {
         if cause.kind == Kind::NeedsPerson {
             return self.reported(cause);
@@ -776,30 +913,50 @@ impl<'a> Work<'a> {
             return self.reported(failure);
         }
         self.pause("undo", false);
-        let mut flaws = Vec::new();
-        for name in self.names() {
-            if let Err(failure) = self.undo_on(&name).await {
-                flaws.push(format!("{name}: {}", failure.message));
+        // Those that answer do not wait for those that do not.
+        let (sound, lost): (Vec<String>, Vec<String>) =
+            self.names().into_iter().partition(|name| self.crew.session(name).is_ok());
+        let (mut undone, mut left, mut flaws) = (Vec::new(), Vec::new(), Vec::new());
+        for name in sound.into_iter().chain(lost) {
+            match self.back_on(&name).await {
+                Ok(()) => undone.push(name),
+                Err(failure) => {
+                    flaws.push(format!("{name}: {}", failure.message));
+                    left.push(name);
+                }
             }
-        }
-        if flaws.is_empty()
-            && let Err(failure) = self.reopen().await
-        {
-            flaws.push(failure.message);
         }
         self.pause("undo", true);
         let mut failure = cause;
-        if flaws.is_empty() {
+        let refused = refused_for(self.refused());
+        if left.is_empty() {
             failure.kind = Kind::Undone;
-            failure.message = format!("{}; everything is as it was{}", failure.message, refused_for(self.refused()));
+            failure.message = format!("{}; everything is as it was{refused}", failure.message);
         } else {
+            let (undone, left) = (undone.join(" and "), left.join(" and "));
             failure.kind = Kind::NeedsPerson;
             failure = failure.also(&flaws.join("\n"));
-            failure.message = format!("{}; and not all of it could be undone", failure.message);
-            failure.hint =
-                Some("run the same command again when the nodes can be reached, or `up` what shall be up".into());
+            let undone = if undone.is_empty() { String::new() } else { format!("; {undone} as before{refused}") };
+            failure.message = format!("{}; nothing is committed{undone}; {left} could not be undone", failure.message);
+            failure.hint = Some(format!(
+                "when {left} can be reached, run the same command again, which undoes the rest first; or open what shall be up \
+                 with `up`"
+            ));
+        }
+        let left = self.left_closed();
+        if !left.is_empty() {
+            failure = failure.also(&format!("an earlier run had closed {}: still so", left.join(" and ")));
         }
         self.reported(failure)
+    }
+
+    async fn back_on(&mut self, name: &str) -> Result<(), Failure> {
+        self.undo_on(name).await?;
+        let closed = self.plan.close.iter().find(|(closed, _)| closed == name);
+        match closed.map(|(_, sole)| *sole) {
+            Some(sole) => self.open_as_before(name, sole).await,
+            None => Ok(()),
+        }
     }
 
     /// A session that is lost has taken its transaction and its window with it.
@@ -814,14 +971,9 @@ impl<'a> Work<'a> {
             self.crew.learn(name, UNDO_BOUND).await?;
             self.windows.remove(name);
         }
-        let role = self.role.clone();
-        let seen = self.crew.ask(name, sql::CHANGE_SEEN, &[&role], LOOK_BOUND).await?;
-        let prepared: String = seen.first().map_or_else(String::new, |row| row.get("prepared"));
-        let prepared: BTreeMap<String, String> = serde_json::from_str(&prepared).unwrap_or_default();
-        if let Some(owner) = prepared.get(&self.plan.id)
-            && !self.plan.finishing
-        {
-            self.owners.insert((name.to_owned(), self.plan.id.clone()), owner.clone());
+        let traces = facts::traces(self.crew.session(name)?, LOOK_BOUND).await?;
+        if let Some(prepared) = traces.prepared.into_iter().find(|prepared| prepared.id == self.plan.id) {
+            self.prepared.insert((name.to_owned(), self.plan.id.clone()), prepared);
             self.end_prepared("rollback", name, &self.plan.id.clone()).await?;
         }
         if self.windows.contains(name) {
@@ -852,7 +1004,15 @@ impl<'a> Work<'a> {
     }
 
     fn refused(&self) -> Option<Duration> {
-        (!self.plan.close.is_empty()).then_some(self.closed?.elapsed())
+        let closed = self.closed.filter(|_| !self.plan.close.is_empty())?;
+        Some(self.opened.unwrap_or_else(Instant::now).duration_since(closed))
+    }
+
+    fn blocked_for(&self) -> String {
+        if self.blocked.is_zero() {
+            return String::new();
+        }
+        format!("; writes there may have waited for up to {:.0} ms", ms(self.blocked))
     }
 
     fn note(&mut self, step: &'static str, what: impl Into<String>) {
@@ -869,6 +1029,7 @@ impl<'a> Work<'a> {
     fn reported(&self, mut failure: Failure) -> Failure {
         failure.report.insert("steps".into(), json!(self.steps));
         failure.report.insert("writes_refused_ms".into(), json!(self.refused().map_or(0.0, ms)));
+        failure.report.insert("writes_blocked_ms".into(), json!(ms(self.blocked)));
         failure
     }
 
@@ -882,21 +1043,28 @@ fn halted(halt: Halt, when: &str) -> Failure {
     Failure::new(Kind::Undone, format!("{halt} {when}"))
 }
 
-fn prepared_name(id: &str) -> String {
-    format!("stillebot_schema_{id}")
+fn may_not_conclude(name: &str, may: Option<bool>) -> Failure {
+    match may {
+        None => Failure::new(Kind::Undone, format!("the extension on {name} is older than 0.6; nothing was changed"))
+            .hint("on every node: alter extension stillebot update; then `check` says what to grant"),
+        Some(_) => Failure::new(
+            Kind::Undone,
+            format!("the agent may not call multihome.conclude_schema_changes() on {name}; nothing was changed"),
+        )
+        .hint("grant what `check` says"),
+    }
 }
 
-fn read_journal(text: &str) -> Vec<Entry> {
-    let rows: Vec<Value> = serde_json::from_str(text).unwrap_or_default();
-    let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
-    rows.iter()
-        .map(|row| Entry {
-            id: text(row, "id"),
-            file: text(row, "file"),
-            sha256: text(row, "sha256"),
-            nodes: serde_json::from_value(row["nodes"].clone()).unwrap_or_default(),
-        })
-        .collect()
+/// What the transaction of this session has written so far.
+async fn written(session: &Session) -> Result<Written, NodeError> {
+    let row = session.row(sql::CHANGE_WRITTEN, &[], LOOK_BOUND).await?;
+    let catalogs: String = row.get("catalogs");
+    Ok(Written {
+        any: row.get("written"),
+        rows: row.get("rows"),
+        catalogs: serde_json::from_str(&catalogs).unwrap_or_default(),
+        counted: row.get("counted"),
+    })
 }
 
 fn refused_for(refused: Option<Duration>) -> String {

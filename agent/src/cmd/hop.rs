@@ -198,6 +198,10 @@ impl Run<'_> {
                 })?;
                 seen.push((node.name.clone(), state));
             }
+            if let Some(left) = change::half_done(&facts::changed(&facts)) {
+                return Err(Failure::new(Kind::Undone, format!("{left}; nothing was changed"))
+                    .hint("a hop between nodes of different schemas stops replication"));
+            }
             let decision = crate::hop::decide(&request, &seen);
             let (target, permanent, transient) = match &decision {
                 Decision::Run(plan) => {

@@ -422,6 +422,7 @@ mod tests {
             sole,
             rejoin: false,
             hop: None,
+            window: None,
             writers: None,
         }
     }

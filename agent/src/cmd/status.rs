@@ -12,6 +12,7 @@ use futures_util::future::{join, join_all};
 use serde_json::{Value, json};
 
 use super::{Context, Reply, print, render, table};
+use crate::change;
 use crate::config::{Config, Node};
 use crate::crew::LOOK_BOUND;
 use crate::facts::{self, Direction, Facts, Verdict};
@@ -104,6 +105,7 @@ async fn once(context: &Context, certificates: &mut Certificates) -> Reply {
         .collect();
     let hop = facts.values().filter_map(|f| f.state.as_ref()).find_map(|state| state.hop.clone());
     let json = json!({"command": "status", "nodes": nodes, "replication": directions, "unfinished_hop": hop,
+        "unfinished_schema_changes": change::left(&facts::changed(&facts)),
         "certificates": bad, "schemas_alike": unlike(config, &schemas).is_empty(), "verdict": verdict});
     *certificates = Some(inspected);
     Reply { text, json, kind }
@@ -151,12 +153,17 @@ fn text(
         let dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".into());
         match &found.state {
             Some(state) => {
+                let window = state.window.as_ref();
                 let (word, colour) = match (state.is_up(), state.sole, state.rejoin) {
                     (true, true, _) => ("up, only writable node", Color::Green),
                     (true, false, _) => ("up", Color::Green),
                     (false, _, true) => ("down, was the only writable node and restarted", Color::Yellow),
                     (false, _, false) => ("down", Color::Yellow),
                 };
+                let word = window.map_or_else(
+                    || word.to_owned(),
+                    |window| format!("maintenance: {} may write until {}", window.role, window.until),
+                );
                 nodes.add_row(vec![
                     Cell::new(&node.name),
                     Cell::new(word).fg(colour),
@@ -242,6 +249,9 @@ fn text(
             note.started,
             note.by
         );
+    }
+    for left in change::left(&facts::changed(facts)) {
+        let _ = write!(text, "\n{left}\n");
     }
     let colour = if verdict.ready { anstyle::AnsiColor::Green } else { anstyle::AnsiColor::Yellow };
     let style = anstyle::Style::new().bold().fg_color(Some(colour.into()));

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{Context, Reply, open};
+use crate::change;
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts::{self, Facts, State};
 use crate::failure::{Failure, Kind};
@@ -71,6 +72,10 @@ pub async fn run(context: &Context, name: &str, force: bool, dry_run: bool) -> R
             let to = state.note().map_or_else(|| "NODE".to_owned(), |note| note.to);
             return Err(Failure::new(Kind::Undone, format!("{other} was closed by an unfinished hop to {to}"))
                 .hint(format!("finish it with `hop {to} --resume` or undo it with `hop {to} --abort`")));
+        }
+        if let Some(left) = change::half_done(&facts::changed(&facts)) {
+            return Err(Failure::new(Kind::Undone, format!("{name} was not opened: {left}"))
+                .hint(format!("the same command finishes or undoes it; `up {name} --force` opens it as it is")));
         }
         if !others_up.is_empty() && before.as_ref().is_some_and(|state| !state.is_up()) {
             // Replication that has just been interrupted (a server restarted, a link came back) gets a moment to come back.

@@ -126,6 +126,9 @@ async fn what_is_wrong_with_roles_is_found_and_mended() -> Result<()> {
         cluster.node("gideon").execute(DATABASE, statement).await?;
         assert_found_and_mended(&cluster, statement, expected).await?;
     }
+    cluster.configure_agent("\n[schema]\nrole = \"rosuav\"\n")?;
+    let expected = ["sikorsky error agent_grants", "gideon error agent_grants"];
+    assert_found_and_mended(&cluster, "acting as the tables' owner", &expected).await?;
     cluster.finish().await
 }
 

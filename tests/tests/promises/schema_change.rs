@@ -6,11 +6,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use stillebot_agent::change::STEPS;
-use stillebot_tests::cluster::DATABASE;
-use stillebot_tests::{Cluster, wait_until};
+use stillebot_tests::cluster::{DATABASE, PAIR};
+use stillebot_tests::{Cluster, Shutdown, wait_until};
+use tokio_postgres::error::SqlState;
 
 use crate::PATIENCE;
-use crate::runs::{Run, Started, agent};
+use crate::answers::assert_error;
+use crate::runs::{Run, Started, agent, status};
 
 const NEW_TABLE: &str = "create table stillebot.made (id int primary key, note text);
 insert into stillebot.made values (1, 'filled in by the change');
@@ -20,9 +22,17 @@ create trigger noticed after insert on stillebot.made for each row execute funct
 alter table stillebot.made enable always trigger noticed;
 ";
 
-/// Two nodes whose agent may act as the tables' owner. `prepared`: with two-phase commit, or without.
+/// Fails where table raids has a comment.
+const UNLESS_COMMENTED: &str = "do $$ begin if obj_description('stillebot.raids'::regclass) is not null then
+    raise unique_violation using message = 'not here'; end if; end $$";
+
 async fn cluster(prepared: bool) -> Result<Cluster> {
-    let builder = Cluster::builder().config("max_prepared_transactions", if prepared { "4" } else { "0" });
+    cluster_of(2, prepared).await
+}
+
+/// Nodes whose agent may act as the tables' owner. `prepared`: with two-phase commit, or without.
+async fn cluster_of(nodes: usize, prepared: bool) -> Result<Cluster> {
+    let builder = Cluster::builder().nodes(nodes).config("max_prepared_transactions", if prepared { "4" } else { "0" });
     let cluster = builder.start().await?;
     cluster.configure_agent("\n[schema]\nrole = \"rosuav\"\n")?;
     for node in cluster.nodes() {
@@ -142,6 +152,9 @@ async fn a_change_that_changes_nothing_takes_no_node_down() -> Result<()> {
 #[tokio::test]
 async fn whatever_a_statement_changes_is_seen_and_only_said_if_no_node_may_go_down() -> Result<()> {
     let cluster = cluster(false).await?;
+    for node in cluster.nodes() {
+        node.execute(DATABASE, "set role rosuav; create sequence stillebot.numbers").await?;
+    }
     for statement in [
         "comment on table stillebot.raids is 'who went where'",
         "grant select on stillebot.raids to replicator",
@@ -149,9 +162,13 @@ async fn whatever_a_statement_changes_is_seen_and_only_said_if_no_node_may_go_do
         "update stillebot.raids set data = '{}'",
         "alter table stillebot.raids replica identity full",
         "alter table stillebot.raids alter fromid set default 1",
+        "alter role rosuav set work_mem = '5MB'",
+        "comment on database stillebot is 'of the bot'",
+        "select setval('stillebot.numbers', nextval('stillebot.numbers') + 5)",
+        "select lo_from_bytea(0, 'x')",
     ] {
         let run = apply(&cluster, statement, &["--no-down"]).await?.expect_code(1)?;
-        ensure!(run.says("is writable, and there is something to change; nothing was changed"), "{run:#?}");
+        ensure!(run.says("are writable, and there is something to change; nothing was changed"), "{run:#?}");
         ensure!(
             run.json["detail"].as_str().is_some_and(|list| list.contains("changed") || list.contains("written")),
             "{run:#?}"
@@ -169,6 +186,37 @@ async fn whatever_a_statement_changes_is_seen_and_only_said_if_no_node_may_go_do
         ensure!(run.says(line), "{line}: {run:#?}");
     }
     ensure!(stands(&cluster).await? == ["up, old", "up, old"]);
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn what_others_do_meanwhile_or_the_server_does_not_count_makes_no_change_of_nothing_and_no_nothing_of_a_change()
+-> Result<()> {
+    let cluster = cluster(false).await?;
+    let same = "create or replace function stillebot.same() returns int language sql as 'select 1'";
+    apply(&cluster, same, &[]).await?.expect_code(0)?;
+    // Somebody makes temporary tables all the time.
+    let busy = cluster.nodes()[0].connect("rosuav", DATABASE).await?;
+    let busy = tokio::spawn(async move {
+        for number in 0.. {
+            busy.batch_execute(&format!("create temp table t{number} (id serial primary key, note text default 'x')"))
+                .await?;
+        }
+        anyhow::Ok(())
+    });
+    for _ in 0..3 {
+        let run = apply(&cluster, &format!("select pg_sleep(0.1); {same}"), &[]).await?.expect_code(0)?;
+        ensure!(run.json["outcome"] == "nothing_to_do", "{run:#?}");
+    }
+    let uncounted = apply(&cluster, "create temp table mine (i int); insert into mine values (1)", &[]).await?;
+    ensure!(uncounted.expect_code(0)?.json["outcome"] == "nothing_to_do");
+    busy.abort();
+    for node in cluster.nodes() {
+        node.execute(DATABASE, "alter database stillebot set track_counts = off").await?;
+    }
+    let update = "update stillebot.raids set data = '[1]'";
+    let run = apply(&cluster, update, &["--no-down"]).await?.expect_code(1)?;
+    ensure!(run.says("something that is not compared: changed"), "{run:#?}");
     cluster.finish().await
 }
 
@@ -226,9 +274,7 @@ async fn fails_on_one_node(prepared: bool) -> Result<()> {
     cluster.expect_log(" 23505 ");
     // Sikorsky goes first, and would let it pass.
     cluster.nodes()[1].execute(DATABASE, "comment on table stillebot.raids is 'not here'").await?;
-    let statements = format!(
-        "{NEW_TABLE} do $$ begin if obj_description('stillebot.raids'::regclass) is not null then raise unique_violation using message = 'not here'; end if; end $$"
-    );
+    let statements = format!("{NEW_TABLE} {UNLESS_COMMENTED}");
     let run = apply(&cluster, &statements, &[]).await?.expect_code(1)?;
     ensure!(run.says("gideon") && run.says("not here") && run.says("everything is as it was"), "{run:#?}");
     ensure!(run.says("writes were refused for"), "{run:#?}");
@@ -314,6 +360,26 @@ async fn a_change_that_one_node_has_committed_has_to_be_finished_before_another_
     ensure!(run.says("an earlier change, of first.sql, is not committed on gideon"), "{run:#?}");
     let hop = agent(&cluster, &["hop", "gideon"]).await?.expect_code(1)?;
     ensure!(hop.says("is closed for an unfinished change of the schema"), "{hop:#?}");
+    let told = status(&cluster).await?;
+    let left = &told["unfinished_schema_changes"];
+    ensure!(left[0]["what"] == "first.sql" && left[0]["missing_on"][0] == "gideon" && left[1].is_null(), "{left:#}");
+    ensure!(told["verdict"]["ready"] == false, "{told:#}");
+    let text = cluster.agent(&["status"]).await?.stdout;
+    ensure!(
+        text.contains(" of first.sql: committed on sikorsky, not on gideon, closed for it: gideon and sikorsky"),
+        "{text}"
+    );
+    // Nobody opens a node as if nothing were; and whoever does has not made it forget.
+    for node in ["sikorsky", "gideon"] {
+        let up = agent(&cluster, &["up", node]).await?.expect_code(1)?;
+        ensure!(up.says("was not opened: unfinished schema change") && up.says("--force"), "{up:#?}");
+        agent(&cluster, &["up", node, "--force"]).await?.expect_code(0)?;
+    }
+    let hop = agent(&cluster, &["hop", "gideon"]).await?.expect_code(1)?;
+    ensure!(hop.says("of first.sql: committed on sikorsky, not on gideon"), "{hop:#?}");
+    let run = agent(&cluster, &["schema", "apply", &name, "--no-down"]).await?.expect_code(3)?;
+    ensure!(run.says("cannot be finished, and nothing was changed"), "{run:#?}");
+    ensure!(stands(&cluster).await? == ["sole, new", "up, old"] || stands(&cluster).await? == ["up, new", "up, old"]);
     agent(&cluster, &["schema", "apply", &name]).await?.expect_code(0)?;
     ensure!(stands(&cluster).await? == ["up, new", "up, new"]);
     assert_replicates(&cluster).await?;
@@ -383,6 +449,225 @@ async fn a_node_that_does_not_catch_up_or_cannot_be_reached_stops_a_change_befor
     cluster.finish().await
 }
 
+#[tokio::test]
+async fn a_node_that_goes_away_before_the_first_commit_keeps_no_other_node_down() -> Result<()> {
+    for prepared in [false, true] {
+        let cluster = cluster(prepared).await?;
+        for place in ["before:change", "before:commit"] {
+            let name = file(&cluster, "change.sql", &NEW_TABLE.replace("extra", &place.replace(':', "_")))?;
+            let mut started = Started::paused(&cluster, &["schema", "apply", &name], place).await?;
+            cluster.isolate("gideon").await?;
+            started.signal(Signal::SIGCONT)?;
+            let run = started.end().await?.expect_code(3)?;
+            ensure!(run.says("nothing is committed; sikorsky as before; writes were refused for"), "{run:#?}");
+            ensure!(run.says("gideon could not be undone"), "{run:#?}");
+            ensure!(stands(&cluster).await? == ["up, old", "down, old"], "{:?}", stands(&cluster).await?);
+            cluster.nodes()[0]
+                .execute(DATABASE, "insert into stillebot.raids select max(fromid) + 1, 7 from stillebot.raids")
+                .await?;
+            cluster.reconnect("gideon").await?;
+            let left: i64 = cluster.nodes()[1].value(DATABASE, "select count(*) from pg_prepared_xacts").await?;
+            ensure!((left == 1) == (prepared && place == "before:commit"), "{left} prepared {place}");
+            if left == 1 {
+                let up = agent(&cluster, &["up", "gideon"]).await?.expect_code(1)?;
+                ensure!(up.says("prepared on gideon"), "{up:#?}");
+            }
+            // The rest is undone first, and what was up is up in the end.
+            agent(&cluster, &["schema", "apply", &name]).await?.expect_code(0)?;
+            ensure!(stands(&cluster).await? == ["up, new", "up, new"], "{:?}", stands(&cluster).await?);
+            assert_replicates(&cluster).await?;
+            apply(&cluster, "drop table stillebot.made; drop function stillebot.noticed", &[]).await?.expect_code(0)?;
+        }
+        cluster.finish().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_node_that_goes_away_while_others_have_prepared_leaves_nothing_prepared_there() -> Result<()> {
+    let cluster = cluster(true).await?;
+    let name = file(&cluster, "change.sql", NEW_TABLE)?;
+    // Keeps gideon behind; what only reads is not waited for when it goes down.
+    let reader = cluster.nodes()[1].connect("rosuav", DATABASE).await?;
+    reader.batch_execute("begin read only; select * from stillebot.raids").await?;
+    let started = Started::new(&cluster, &["schema", "apply", &name])?;
+    wait_until("sikorsky to have prepared", PATIENCE, || async {
+        let query = "select exists (select from pg_prepared_xacts where gid like 'stillebot_schema_%_sikorsky')";
+        Ok(cluster.nodes()[0].value::<bool>(DATABASE, query).await?.then_some(()))
+    })
+    .await?;
+    cluster.isolate("gideon").await?;
+    let run = started.end().await?.expect_code(3)?;
+    ensure!(run.says("sikorsky as before"), "{run:#?}");
+    ensure!(stands(&cluster).await?[0] == "up, old", "{:?}", stands(&cluster).await?);
+    let left: i64 = cluster.nodes()[0].value(DATABASE, "select count(*) from pg_prepared_xacts").await?;
+    ensure!(left == 0);
+    reader.batch_execute("rollback").await?;
+    cluster.reconnect("gideon").await?;
+    wait_until("the window on gideon to close", PATIENCE, || async {
+        Ok((stands(&cluster).await?[1] == "down, old").then_some(()))
+    })
+    .await?;
+    agent(&cluster, &["schema", "apply", &name]).await?.expect_code(0)?;
+    ensure!(stands(&cluster).await? == ["up, new", "up, new"]);
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn what_one_server_has_no_room_to_prepare_is_done_on_none() -> Result<()> {
+    let cluster = cluster(true).await?;
+    cluster.expect_log(" 53200 ");
+    let other = cluster.nodes()[1].superuser("postgres").await?;
+    for number in 0..4 {
+        other.batch_execute(&format!("begin; create table t{number} (); prepare transaction 'full{number}'")).await?;
+    }
+    let run = apply(&cluster, NEW_TABLE, &[]).await?.expect_code(1)?;
+    ensure!(run.says("everything is as it was"), "{run:#?}");
+    ensure!(stands(&cluster).await? == ["up, old", "up, old"]);
+    for number in 0..4 {
+        other.batch_execute(&format!("rollback prepared 'full{number}'")).await?;
+    }
+    apply(&cluster, NEW_TABLE, &[]).await?.expect_code(0)?;
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn what_cannot_be_prepared_is_committed_on_one_node_after_the_other() -> Result<()> {
+    let cluster = cluster(true).await?;
+    cluster.expect_log(" 0A000 ");
+    cluster.nodes()[0].execute(DATABASE, "insert into stillebot.config values (1, 'k', '{}')").await?;
+    cluster.wait_replicated().await?;
+    for statement in [
+        // The bot's own trigger tells of it.
+        "update stillebot.config set data = '{\"changed\": true}'",
+        "create temp table between (i int) on commit drop; insert into between values (7); insert into stillebot.raids select i, i from between",
+    ] {
+        let run = apply(&cluster, statement, &[]).await?.expect_code(0)?;
+        ensure!(
+            run.json["steps"]
+                .to_string()
+                .contains("cannot be prepared, so it is committed on one node after the other"),
+            "{run:#?}"
+        );
+        ensure!(stands(&cluster).await? == ["up, old", "up, old"]);
+    }
+    apply(&cluster, NEW_TABLE, &[]).await?.expect_code(0)?;
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_change_that_is_whole_stays_so_when_a_node_loses_its_journal() -> Result<()> {
+    let cluster = cluster(false).await?;
+    apply(&cluster, NEW_TABLE, &[]).await?.expect_code(0)?;
+    let rows = async || -> Result<i64> {
+        cluster.nodes()[1].value(DATABASE, "select count(*) from multihome.schema_changes() where done").await
+    };
+    ensure!(rows().await? == 1);
+    // Under another identity it is the same journal.
+    for call in ["forget_identity()", &format!("identify('gideon', '{PAIR}')")] {
+        cluster.nodes()[1].execute(DATABASE, &format!("select multihome.{call}")).await?;
+    }
+    ensure!(rows().await? == 1);
+    let grants = include_str!("../../../agent/sql/grants.sql").replace("{role}", "stillebot_agent");
+    cluster.nodes()[1].execute(DATABASE, "drop extension stillebot").await?;
+    cluster.nodes()[1].execute(DATABASE, "create extension stillebot").await?;
+    cluster.nodes()[1].execute(DATABASE, &grants).await?;
+    cluster.nodes()[1].execute(DATABASE, &format!("select multihome.identify('gideon', '{PAIR}')")).await?;
+    ensure!(rows().await? == 0);
+    apply(&cluster, "alter table stillebot.made add column more text", &[]).await?.expect_code(0)?;
+    agent(&cluster, &["hop", "gideon"]).await?.expect_code(0)?;
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_server_that_crashes_between_two_commits_leaves_a_change_that_the_same_command_ends() -> Result<()> {
+    for prepared in [false, true] {
+        let cluster = cluster(prepared).await?;
+        let name = file(&cluster, "change.sql", NEW_TABLE)?;
+        let mut started = Started::paused(&cluster, &["schema", "apply", &name], "after:commit").await?;
+        cluster.node("gideon").stop(Shutdown::Immediate).await?;
+        started.signal(Signal::SIGCONT)?;
+        let run = started.end().await?.expect_code(3)?;
+        ensure!(run.says("the change may not be committed on gideon") && run.says("committed on sikorsky"), "{run:#?}");
+        cluster.node("gideon").start().await?;
+        ensure!(stands(&cluster).await? == ["down, new", "down, old"], "{:?}", stands(&cluster).await?);
+        agent(&cluster, &["schema", "apply", &name]).await?.expect_code(0)?;
+        ensure!(stands(&cluster).await? == ["up, new", "up, new"], "{:?}", stands(&cluster).await?);
+        assert_replicates(&cluster).await?;
+        cluster.finish().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn three_nodes_are_changed_or_none_is() -> Result<()> {
+    let cluster = cluster_of(3, true).await?;
+    cluster.expect_log(" 23505 ");
+    let all = |state: &str| vec![state.to_owned(); 3];
+    // Sikorsky and gideon would let it pass.
+    cluster.node("rodan").execute(DATABASE, "comment on table stillebot.raids is 'not here'").await?;
+    let statements = format!("{NEW_TABLE} {UNLESS_COMMENTED}");
+    let run = apply(&cluster, &statements, &[]).await?.expect_code(1)?;
+    ensure!(run.says("rodan") && run.says("everything is as it was"), "{run:#?}");
+    ensure!(stands(&cluster).await? == all("up, old"), "{:?}", stands(&cluster).await?);
+    cluster.node("rodan").execute(DATABASE, "comment on table stillebot.raids is null").await?;
+    // One goes away: the two others are as before.
+    let name = file(&cluster, "change.sql", &statements)?;
+    let mut started = Started::paused(&cluster, &["schema", "apply", &name], "before:commit").await?;
+    cluster.isolate("rodan").await?;
+    started.signal(Signal::SIGCONT)?;
+    let run = started.end().await?.expect_code(3)?;
+    ensure!(run.says("sikorsky and gideon as before") && run.says("rodan could not be undone"), "{run:#?}");
+    ensure!(stands(&cluster).await? == ["up, old", "up, old", "down, old"], "{:?}", stands(&cluster).await?);
+    cluster.reconnect("rodan").await?;
+    // And once more, killed with one of three commits made.
+    let mut started = Started::paused(&cluster, &["schema", "apply", &name], "after:commit").await?;
+    started.signal(Signal::SIGKILL)?;
+    started.end().await?;
+    agent(&cluster, &["schema", "apply", &name]).await?.expect_code(0)?;
+    ensure!(stands(&cluster).await? == all("up, new"), "{:?}", stands(&cluster).await?);
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_window_is_shown_and_lets_no_session_in_that_is_older_than_it() -> Result<()> {
+    let cluster = cluster(false).await?;
+    cluster.expect_log(" 25006 ");
+    // A bot that has not heard that its databases are down.
+    let bot = cluster.nodes()[0].connect("rosuav", DATABASE).await?;
+    let gate = cluster.agent_configuration().with_file_name("gate");
+    let script = format!("while [ ! -e '{}' ]; do sleep 0.05; done", gate.display());
+    let mut command = cluster.agent_command(&["--json", "schema", "run", "--", "sh", "-c", &script]);
+    let child = command.spawn()?;
+    wait_until("the window", PATIENCE, || async {
+        Ok((stands(&cluster).await? == ["maintenance, old", "maintenance, old"]).then_some(()))
+    })
+    .await?;
+    let told = status(&cluster).await?;
+    for node in told["nodes"].as_array().context("no nodes")? {
+        ensure!(
+            node["state"]["window"]["role"] == "rosuav" && node["state"]["window"]["until"].is_string(),
+            "{node:#}"
+        );
+        ensure!(node["state"]["reason"].as_str().is_some_and(|reason| reason.contains(" (sh), up before")), "{node:#}");
+    }
+    let text = cluster.agent(&["status"]).await?.stdout;
+    ensure!(text.contains("maintenance: rosuav may write until 20"), "{text}");
+    let refused = bot.batch_execute("begin read write; insert into stillebot.raids values (7, 7); commit").await;
+    let report = assert_error(refused, &SqlState::READ_ONLY_SQL_TRANSACTION);
+    ensure!(report.hint().is_some_and(|hint| hint.ends_with("Connect anew.")), "{report:?}");
+    fs::write(gate, "")?;
+    let output = child.wait_with_output().await?;
+    ensure!(output.status.success(), "{output:?}");
+    ensure!(stands(&cluster).await? == ["up, old", "up, old"]);
+    cluster.finish().await
+}
+
 // --- schema run ---------------------------------------------------------------------------------------------------
 
 /// As the bot's --dbupdate: on each node, as rosuav, `begin read write; ...; commit`.
@@ -412,6 +697,69 @@ async fn the_bots_own_update_gets_through_on_all_nodes() -> Result<()> {
     assert_replicates(&cluster).await?;
     let told = "test \"$STILLEBOT_NODES $PGDATABASE $PGUSER\" = 'sikorsky,gideon stillebot rosuav' && test -n \"$STILLEBOT_HOSTS$STILLEBOT_PORTS\"";
     run(&cluster, &[], told).await?.expect_code(0)?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_command_makes_alike_what_is_not() -> Result<()> {
+    let cluster = cluster(false).await?;
+    cluster.nodes()[1]
+        .execute(DATABASE, "set role rosuav; alter table stillebot.raids add column only_here int")
+        .await?;
+    for node in cluster.nodes() {
+        agent(&cluster, &["down", node.name()]).await?.expect_code(0)?;
+    }
+    let file = apply(&cluster, NEW_TABLE, &[]).await?.expect_code(1)?;
+    ensure!(file.says("column stillebot.raids.only_here: not on sikorsky"), "{file:#?}");
+    let script = update(&cluster, "alter table stillebot.raids add column only_here int;", &[0])?;
+    run(&cluster, &[], &script).await?.expect_code(0)?;
+    ensure!(stands(&cluster).await? == ["down, old", "down, old"]);
+    apply(&cluster, NEW_TABLE, &[]).await?.expect_code(0)?;
+    cluster.finish().await
+}
+
+/// As the bot's --dbupdate: does nothing if there is nothing to do, and refuses to do anything while a database is up.
+fn update_unless_up(cluster: &Cluster) -> Result<String> {
+    let mut script = String::from("set -e\n");
+    for node in cluster.nodes() {
+        let conninfo = node.conninfo("rosuav", DATABASE)?;
+        script += &format!(
+            "psql() {{ command psql -X -q -A -t -v ON_ERROR_STOP=1 \"{conninfo}\" \"$@\"; }}
+             if [ -z \"$(psql -c \"select to_regclass('stillebot.made')\")\" ]; then
+                 if [ \"$(psql -c 'show default_transaction_read_only')\" = off ]; then echo 'database is up'; exit 1; fi
+                 psql <<'END'\nbegin read write;\n{NEW_TABLE}\ncommit;\nEND\nfi\n"
+        );
+    }
+    Ok(script)
+}
+
+#[tokio::test]
+async fn a_command_that_has_nothing_to_do_takes_no_node_down_if_it_may_try() -> Result<()> {
+    let cluster = cluster(false).await?;
+    let script = update_unless_up(&cluster)?;
+    let output = run(&cluster, &["--try-up", "--no-down"], &script).await?.expect_code(1)?;
+    let expected = "sikorsky and gideon are writable, and with the nodes as they are the command failed: exit status: 1; nothing was changed";
+    ensure!(output.stderr.contains(expected), "{output:#?}");
+    let output = run(&cluster, &["--no-down"], &script).await?.expect_code(1)?;
+    ensure!(output.stderr.contains("are writable, and whether there is something to change"), "{output:#?}");
+    ensure!(stands(&cluster).await? == ["up, old", "up, old"]);
+    let output = run(&cluster, &["--try-up"], &script).await?.expect_code(0)?;
+    ensure!(output.json()?["writes_refused_ms"].as_f64() > Some(0.0), "{output:#?}");
+    ensure!(stands(&cluster).await? == ["up, new", "up, new"]);
+    assert_replicates(&cluster).await?;
+    let since = "select since::text from stillebot_status()";
+    let before: Option<String> = cluster.nodes()[0].value(DATABASE, since).await?;
+    let output = run(&cluster, &["--try-up", "--no-down"], &script).await?.expect_code(0)?;
+    ensure!(output.json()?["outcome"] == "nothing_to_do", "{output:#?}");
+    ensure!(cluster.nodes()[0].value::<Option<String>>(DATABASE, since).await? == before);
+    // One that does it all the same is said to have done it, and what it has made replicates.
+    let output =
+        run(&cluster, &["--try-up"], &update(&cluster, "create table stillebot.live (id int primary key);", &[0, 1])?)
+            .await?;
+    ensure!(output.expect_code(0)?.json()?["outcome"] == "done");
+    cluster.nodes()[0].execute(DATABASE, "insert into stillebot.live values (1)").await?;
+    cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
     cluster.finish().await
 }
 

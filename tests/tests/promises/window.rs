@@ -58,6 +58,35 @@ async fn in_a_window_only_the_named_role_passes() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_session_from_before_the_window_is_refused_and_told_to_connect_anew() -> Result<()> {
+    let server = furnished(Server::builder("sikorsky")).await?;
+    let before = server.connect("owner", "postgres").await?;
+    take_down(&server).await?;
+    // The holder is older than its window, too.
+    let holder = server.connect("postgres", "postgres").await?;
+    holder.batch_execute("select multihome.open_window('postgres', '10 min')").await?;
+    holder.batch_execute("begin read write; insert into t values (2, 'x'); commit").await?;
+    holder.batch_execute("select multihome.close_window()").await?;
+    open(&holder).await?;
+    let report = assert_error(
+        before.batch_execute("begin read write; insert into t values (3, 'x'); commit").await,
+        &SqlState::READ_ONLY_SQL_TRANSACTION,
+    );
+    let hint = "A maintenance window is open for this role, and for sessions that began after it. Connect anew.";
+    ensure!(report.hint() == Some(hint), "{report:?}");
+    before.batch_execute("rollback").await?;
+    change(&server, "owner", "insert into t values (4, 'x')").await?;
+    // Nor is it let in by what it may commit or prepare.
+    assert_error(
+        before.batch_execute("begin read write; create table made (i int)").await,
+        &SqlState::READ_ONLY_SQL_TRANSACTION,
+    );
+    let ids: String = server.value("postgres", "select string_agg(id::text, ' ' order by id) from t").await?;
+    ensure!(ids == "1 2 4", "{ids}");
+    server.finish().await
+}
+
+#[tokio::test]
 async fn status_shows_the_window_and_nobody_takes_the_database_for_the_live_one() -> Result<()> {
     let server = furnished(Server::builder("sikorsky")).await?;
     let mut listener = server.listen("postgres", "postgres").await?;
@@ -240,8 +269,8 @@ async fn a_window_closes_by_itself_at_its_deadline() -> Result<()> {
     let server = furnished(Server::builder("sikorsky")).await?;
     take_down(&server).await?;
     let holder = server.superuser("postgres").await?;
-    let (late, crossing) = (server.connect("owner", "postgres").await?, server.connect("owner", "postgres").await?);
     holder.batch_execute("select multihome.open_window('owner', '1 s')").await?;
+    let (late, crossing) = (server.connect("owner", "postgres").await?, server.connect("owner", "postgres").await?);
     crossing.batch_execute("begin read write; insert into t values (2, 'crossing')").await?;
     late.batch_execute("begin read write; insert into t values (3, 'late')").await?;
     wait_until("the deadline", PATIENCE, || async { Ok((state(&server, "postgres").await? == "down").then_some(())) })
