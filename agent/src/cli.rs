@@ -183,13 +183,17 @@ pub enum Schema {
     },
     /// Copies the rows of a table to the nodes where it is empty, once and one way: for a table that was created with rows in it.
     ///
-    /// What is written meanwhile replicates as always; nothing of the copy travels back.
+    /// What is written meanwhile replicates as always; nothing of the copy travels back. Nodes where the table has rows are left as they
+    /// are, unless --replace is given.
     Populate {
         /// The table, with its schema.
         table: String,
         /// The node whose rows the others get.
         #[arg(long, value_name = "NODE")]
         from: String,
+        /// Where the table has rows already they give way, and are lost if no other node has them; those nodes must be down.
+        #[arg(long)]
+        replace: bool,
         /// How long the copy may take; it goes on by itself afterwards.
         #[arg(long, value_name = "TIME", default_value = "10m", value_parser = patience)]
         timeout: Duration,

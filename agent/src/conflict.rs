@@ -76,6 +76,8 @@ pub struct Conflict {
     /// Open, and replication waits for it.
     #[serde(deserialize_with = "or_empty")]
     pub blocking: bool,
+    /// The statements that mend a table that differs from the publisher's, as far as the node can know; none before 0.6.
+    pub remedy: Option<String>,
 }
 
 /// A row of the node that stands in the way of an incoming one.
@@ -131,6 +133,13 @@ impl Conflict {
             (None, Some(table)) => table.clone(),
             _ => "no table".into(),
         }
+    }
+
+    /// It may come of a table that is not as on the other node: the classes of errors for what is missing, of values that do not
+    /// fit a type, and of types that do not fit each other.
+    pub fn may_be_drift(&self) -> bool {
+        let class = self.sqlstate.as_deref().and_then(|sqlstate| sqlstate.get(..2));
+        self.conflict_type == "apply_error" && matches!(class, Some("22" | "42" | "55"))
     }
 
     /// Two rows claim one place: the incoming one, and at least one that is here.
@@ -283,6 +292,10 @@ mod tests {
         assert_eq!((conflict.remote_key(), conflict.kept()), (json!({"id": 5}), Some("local")));
         let settled = Conflict { resolution: Some("winner a; kept local: left out".into()), ..conflict };
         assert_eq!(settled.kept(), None);
+
+        let lacks = r#"{"id": 9, "conflict_type": "apply_error", "sqlstate": "55000", "remedy": "alter table ..", "subscription": "x"}"#;
+        let lacks = Conflict::read(&config, "a", lacks).unwrap();
+        assert!(lacks.may_be_drift() && lacks.remedy.is_some() && !settled.may_be_drift());
 
         let empty = r#"{"id": 8, "subscription": "x", "local_conflicts": null, "blocking": null}"#;
         let conflict = Conflict::read(&config, "a", empty).unwrap();

@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 
 use crate::config::{Config, Node};
 use crate::node::{NodeError, Session, Trouble};
+use crate::sql;
 use crate::watchdog::Views;
-use crate::{quote, sql};
 
 /// How much is shown of a definition.
 const SHOWN: usize = 300;
@@ -160,14 +160,6 @@ pub fn mend(nodes: &[(String, Schema)], differences: &[Difference]) -> BTreeMap<
         .collect()
 }
 
-/// The table that an error of apply is about, qualified and quoted, if it says that the table, or a column of it, is missing.
-pub fn lacking(message: &str) -> Option<String> {
-    let (table, rest) = message.strip_prefix("logical replication target relation \"")?.split_once("\" ")?;
-    let (schema, table) = table.split_once('.')?;
-    let lacks = rest == "does not exist" || rest.starts_with("is missing replicated column");
-    lacks.then(|| format!("{}.{}", quote::name(schema), quote::name(table)))
-}
-
 /// The statements that make on a node what it lacks of one table.
 pub fn mend_table(nodes: &[(String, Schema)], node: &str, table: &str) -> Vec<String> {
     let mut differences = compare(nodes);
@@ -282,18 +274,25 @@ pub fn rows_apart(table: &str, before: &[(String, i64)], after: &[(String, i64)]
     let apart = if !earlier.is_empty() {
         earlier
     } else if later.len() < after.len() {
-        later
+        later.clone()
     } else {
         Vec::new()
     };
-    match apart.as_slice() {
-        [] => None,
-        [node] => Some(format!(
-            "table {table} had rows on {node} before it replicated: schema populate {table} --from {node}"
-        )),
-        nodes => Some(format!(
-            "table {table} had rows on {} before it replicated: compare them, and copy by hand what is missing",
-            nodes.join(" and ")
+    let before = format!("table {table} had rows on {} before it replicated", apart.join(" and "));
+    let others = |node: &String| {
+        let others = after.iter().map(|(other, _)| other).filter(|other| *other != node);
+        others.cloned().collect::<Vec<_>>().join(", ")
+    };
+    match (apart.as_slice(), later.as_slice()) {
+        ([], _) => None,
+        ([node], [only]) if node == only => Some(format!("{before}: schema populate {table} --from {node}")),
+        // Rows that came later are on all nodes; those of before are on one, and a copy brings both.
+        ([node], _) => {
+            Some(format!("{before}: take {} down, then schema populate {table} --from {node} --replace", others(node)))
+        }
+        _ => Some(format!(
+            "{before}: compare them; with all nodes down but the one whose rows are right, schema populate {table} \
+             --from that one --replace"
         )),
     }
 }
@@ -392,12 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_apply_that_drift_explains_has_the_statements_that_mend_it() {
-        let lacks = |rest: &str| lacking(&format!("logical replication target relation \"s.My T\" {rest}"));
-        assert_eq!(lacks("does not exist").as_deref(), Some("s.\"My T\""));
-        assert_eq!(lacks("is missing replicated columns: \"a\", \"b\"").as_deref(), Some("s.\"My T\""));
-        assert_eq!(lacks("has neither REPLICA IDENTITY index nor PRIMARY KEY"), None);
-        assert_eq!(lacking("duplicate key value violates unique constraint \"t_pkey\""), None);
+    fn one_table_is_mended_and_nothing_else() {
         let table = ("table", "", "s.t", "");
         let nodes =
             pair(with(&[table, ("column", "s.t", "more", "jsonb"), ("table", "", "s.other", "")]), with(&[table]));
@@ -447,7 +441,9 @@ mod tests {
         assert_eq!(apart(counts(0, 0), counts(1, 1)), None, "written afterwards, and there");
         let populate = "table t had rows on a before it replicated: schema populate t --from a";
         assert_eq!(apart(counts(1, 0), counts(1, 0)).as_deref(), Some(populate));
-        assert_eq!(apart(counts(1, 0), counts(1, 1)).as_deref(), Some(populate), "one more has come");
+        let replace =
+            "table t had rows on a before it replicated: take b down, then schema populate t --from a --replace";
+        assert_eq!(apart(counts(1, 0), counts(1, 1)).as_deref(), Some(replace), "one more has come");
         assert_eq!(apart(counts(0, 0), counts(1, 0)).as_deref(), Some(populate), "written in between");
         assert!(apart(counts(1, 1), counts(1, 1)).is_some_and(|text| text.contains("a and b")));
     }

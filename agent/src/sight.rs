@@ -12,7 +12,7 @@ use tokio_postgres::types::PgLsn;
 
 use crate::config::Node;
 use crate::node::{NodeError, Session, Trouble};
-use crate::{schema, sql};
+use crate::sql;
 
 /// One node, seen.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -35,7 +35,7 @@ pub struct Sight {
     pub conflicts: Vec<Conflict>,
     /// The tables it publishes, each with the subscriptions that it is part of here.
     pub tables: BTreeMap<String, Vec<String>>,
-    /// The fingerprint of its schema; none from an extension that cannot tell.
+    /// The fingerprint of its schema, which [`look`] does not ask for; none from an extension that cannot tell.
     pub schema: Option<String>,
     /// What the extension warns of.
     pub warnings: Vec<String>,
@@ -221,7 +221,6 @@ pub async fn look(
         waits: waits.collect(),
         ..Sight::default()
     };
-    sight.schema = schema::fingerprint(session, bound).await?;
     let tables = session.rows(sql::TABLES, &[&publication], bound).await?;
     sight.tables = tables.iter().map(|row| (row.get("name"), row.get("subscriptions"))).collect();
     if about.get("records") {

@@ -1,5 +1,6 @@
 //! The bottom half of the log of conflicts: one background worker per database with subscriptions, which takes events out
-//! of the queue and has `multihome.record()` write them down; and the launcher that starts it.
+//! of the queue and has `multihome.record()` write them down, or notifies that the schema has changed; and the launcher
+//! that starts it.
 //!
 //! An event leaves the queue when the transaction that recorded it is committed, so the death of a collector loses
 //! nothing. What cannot be recorded (no extension, a table that was dropped, a full disk) is tried again, with less of it,
@@ -16,7 +17,7 @@ use pgrx::bgworkers::{
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgTryBuilder, pg_sys};
 
-use crate::event::Event;
+use crate::event::{Event, Kind};
 use crate::shmem::{self, Queue};
 use crate::{compat, conflicts, local, node};
 
@@ -37,6 +38,7 @@ const ROUNDS: usize = 20;
 /// How long a statement may take.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(20);
 const RECORD: &str = "select multihome.record($1::jsonb)";
+const TELL: &str = "select 1::bigint from pg_notify('stillebot_schema', $1)";
 
 /// Whether this process is a collector. Set before it connects, because its database may be down.
 static THIS_PROCESS: AtomicBool = AtomicBool::new(false);
@@ -207,8 +209,14 @@ fn drain(queue: &Queue) -> News {
             return News { any, more: false };
         }
         any = true;
+        // Told twice if this process dies before they are removed, which does no harm; not at all if that fails.
+        let changes: Vec<Vec<u8>> = events.iter().filter_map(|(_, record)| schema_change(record)).collect();
+        if !changes.is_empty() {
+            run(TELL, &changes);
+        }
+        events.retain(|(_, record)| schema_change(record).is_none());
         let texts: Vec<Vec<u8>> = events.iter().map(|(_, record)| json(record, false)).collect();
-        if run(RECORD, &texts).is_some() {
+        if texts.is_empty() || run(RECORD, &texts).is_some() {
             ring.remove_to(position);
             continue;
         }
@@ -222,8 +230,14 @@ fn drain(queue: &Queue) -> News {
             }
             ring.remove_to(next);
         }
+        ring.remove_to(position);
     }
     News { any, more: true }
+}
+
+/// What is to be notified, of a change of the schema.
+fn schema_change(record: &[u8]) -> Option<Vec<u8>> {
+    Event::read(record).filter(|event| event.kind == Kind::Schema).map(|event| event.texts[0].to_vec())
 }
 
 /// Has one event written down, if it can be: if need be, after a while, and without the rows that it brings.

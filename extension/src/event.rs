@@ -20,6 +20,8 @@ pub enum Kind {
     Silent = 2,
     /// `ALTER SUBSCRIPTION .. SKIP` left out the transaction, all of which has been seen now.
     Skipped = 3,
+    /// Not of replication: a transaction that changed the schema is committed. It is told, and no row.
+    Schema = 4,
 }
 
 /// How the transaction comes.
@@ -85,7 +87,7 @@ pub struct Event<'a> {
     /// The transaction has been seen to its end, and all of its changes are in `changes`.
     pub complete: bool,
     pub texts: [&'a [u8]; TEXTS.len()],
-    /// The relation messages that the changes need, each after its length in four bytes.
+    /// The relation messages that the changes need, and the type messages that those need, each after its length in four bytes.
     pub relations: &'a [u8],
     /// Changes, see [`push_change`].
     pub changes: &'a [u8],
@@ -137,6 +139,7 @@ impl Event<'_> {
             1 => Kind::Error,
             2 => Kind::Silent,
             3 => Kind::Skipped,
+            4 => Kind::Schema,
             _ => return None,
         };
         let delivery = match flags[1] {
@@ -192,8 +195,9 @@ impl Event<'_> {
     /// For `multihome.record()`, in the database's encoding: `kind`, `transaction_kind`, `subscription` (oid), `copied` (oid),
     /// `sqlstate`, `remote_xid`, `remote_commit_lsn`, `remote_commit_ts`, `at`, `operation`, `seen`, `change_number`, `fingerprint`, `complete`,
     /// the texts, and `changes`: an array of {change_number, schemaname, relname, operation, key, tuple, incomplete, unchanged}.
-    /// incomplete: the tuple is not all of the row as text, `unchanged` the columns that were not sent. What is not known is
-    /// left out.
+    /// incomplete: the tuple is not all of the row as text, `unchanged` the columns that were not sent. With an error, also
+    /// `relations`: what the publisher said of the tables, an array of {schemaname, relname, identity, columns: an array of {name, key,
+    /// type, typmod, typeschema, typename}}; the last two of types that are not built in. What is not known is left out.
     pub fn to_json(&self) -> Vec<u8> {
         let mut json = Object::new();
         json.text(
@@ -202,6 +206,7 @@ impl Event<'_> {
                 Kind::Error => "error",
                 Kind::Silent => "silent",
                 Kind::Skipped => "skipped",
+                Kind::Schema => "schema",
             }),
         );
         json.text("transaction_kind", self.delivery.name());
@@ -225,7 +230,45 @@ impl Event<'_> {
             }
         }
         json.raw("changes", &self.changes_to_json());
+        if self.kind == Kind::Error {
+            json.raw("relations", &self.relations_to_json());
+        }
         json.close()
+    }
+
+    fn relations_to_json(&self) -> Vec<u8> {
+        let messages =
+            || frames(self.relations).filter_map(|message| Some(pgoutput::decode(message, false).ok()?.message));
+        let types: BTreeMap<u32, (&[u8], &[u8])> = messages()
+            .filter_map(|message| match message {
+                Message::Type { id, namespace, name } => Some((id, (namespace, name))),
+                _ => None,
+            })
+            .collect();
+        let column = |column: pgoutput::Attribute| {
+            let mut json = Object::new();
+            json.bytes("name", column.name);
+            json.raw("key", if column.is_key { b"true" } else { b"false" });
+            json.number("type", column.type_oid.into());
+            json.raw("typmod", column.typmod.to_string().as_bytes());
+            if let Some((namespace, name)) = types.get(&column.type_oid) {
+                json.bytes("typeschema", schema(namespace));
+                json.bytes("typename", name);
+            }
+            json.close()
+        };
+        let relations = messages().filter_map(|message| match message {
+            Message::Relation(relation) => {
+                let mut json = Object::new();
+                json.bytes("schemaname", schema(relation.namespace));
+                json.bytes("relname", relation.name);
+                json.bytes("identity", &[relation.replica_identity]);
+                json.raw("columns", &array(relation.columns().map(column)));
+                Some(json.close())
+            }
+            _ => None,
+        });
+        array(relations)
     }
 
     fn changes_to_json(&self) -> Vec<u8> {
@@ -235,19 +278,29 @@ impl Event<'_> {
                 _ => None,
             })
             .collect();
-        let mut list = vec![b'['];
-        for (number, in_stream, message) in changes(self.changes) {
-            let Ok(decoded) = pgoutput::decode(message, in_stream) else { continue };
-            for change in one(&relations, number, &decoded.message) {
-                if list.len() > 1 {
-                    list.extend_from_slice(b", ");
-                }
-                list.extend_from_slice(&change);
-            }
-        }
-        list.push(b']');
-        list
+        array(changes(self.changes).flat_map(|(number, in_stream, message)| {
+            let decoded = pgoutput::decode(message, in_stream);
+            decoded.map_or_else(|_| Vec::new(), |decoded| one(&relations, number, &decoded.message))
+        }))
     }
+}
+
+/// As the publisher means it: it leaves its name out.
+fn schema(namespace: &[u8]) -> &[u8] {
+    if namespace.is_empty() { b"pg_catalog" } else { namespace }
+}
+
+/// A JSON array of these.
+fn array(items: impl Iterator<Item = Vec<u8>>) -> Vec<u8> {
+    let mut list = vec![b'['];
+    for item in items {
+        if list.len() > 1 {
+            list.extend_from_slice(b", ");
+        }
+        list.extend_from_slice(&item);
+    }
+    list.push(b']');
+    list
 }
 
 /// Length of the head that [`Event::parts`] makes.
@@ -259,8 +312,7 @@ fn one(relations: &BTreeMap<u32, Relation>, number: u32, message: &Message) -> V
         let mut json = Object::new();
         json.number("change_number", number.into());
         if let Some(relation) = relations.get(&relation) {
-            let schema = if relation.namespace.is_empty() { b"pg_catalog" } else { relation.namespace };
-            json.bytes("schemaname", schema);
+            json.bytes("schemaname", schema(relation.namespace));
             json.bytes("relname", relation.name);
         }
         json.text("operation", Some(operation));
@@ -293,15 +345,12 @@ fn one(relations: &BTreeMap<u32, Relation>, number: u32, message: &Message) -> V
             if let Some(described) = relations.get(relation) {
                 let names: Vec<&[u8]> = pgoutput::unchanged(described, new).collect();
                 if !names.is_empty() {
-                    let mut list = vec![b'['];
-                    for (index, name) in names.into_iter().enumerate() {
-                        if index > 0 {
-                            list.extend_from_slice(b", ");
-                        }
-                        write_string(name, &mut list);
-                    }
-                    list.push(b']');
-                    json.raw("unchanged", &list);
+                    let quoted = names.into_iter().map(|name| {
+                        let mut text = Vec::new();
+                        write_string(name, &mut text);
+                        text
+                    });
+                    json.raw("unchanged", &array(quoted));
                 }
             }
             vec![json.close()]
@@ -499,6 +548,28 @@ mod tests {
         fn instants_never_panic(micros in any::<i64>()) {
             prop_assert!(instant(micros).ends_with('Z'));
         }
+    }
+
+    #[test]
+    fn what_the_publisher_said_of_its_tables_is_told_with_an_error() {
+        let mut relations = Vec::new();
+        push_frame(&mut relations, |blob| blob.extend_from_slice(b"Y\0\0\x40\x01public\0mood\0"));
+        push_frame(&mut relations, |blob| {
+            blob.extend_from_slice(b"R\0\0\0\x07\0t\0d\0\x02");
+            blob.extend_from_slice(b"\x01id\0\0\0\0\x14\xff\xff\xff\xff");
+            blob.extend_from_slice(b"\0mood\0\0\0\x40\x01\xff\xff\xff\xff");
+        });
+        let error = event(&[], &relations, &[]);
+        let json: Value = serde_json::from_slice(&error.to_json()).unwrap();
+        let columns = serde_json::json!([
+            {"name": "id", "key": true, "type": 20, "typmod": -1},
+            {"name": "mood", "key": false, "type": 0x4001, "typmod": -1, "typeschema": "public", "typename": "mood"},
+        ]);
+        let relation =
+            serde_json::json!({"schemaname": "pg_catalog", "relname": "t", "identity": "d", "columns": columns});
+        assert_eq!(json["relations"], serde_json::json!([relation]));
+        let silent: Value = serde_json::from_slice(&Event { kind: Kind::Silent, ..error }.to_json()).unwrap();
+        assert_eq!(silent.get("relations"), None);
     }
 
     #[test]

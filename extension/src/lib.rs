@@ -2,13 +2,14 @@
 //! conflict and error of logical replication in a table.
 //!
 //! `_PG_init` below is the table of contents. SQL objects are declared by hand in `sql/`; each C function there is a
-//! `#[pg_extern(sql = false)]` of verbs.rs, window.rs, node.rs or conflicts.rs.
+//! `#[pg_extern(sql = false)]` of verbs.rs, window.rs, node.rs, conflicts.rs or ddl.rs.
 
 mod apply_log;
 mod catalog;
 mod collector;
 mod compat;
 mod conflicts;
+mod ddl;
 mod event;
 mod guc;
 mod identity;
@@ -39,6 +40,7 @@ pub extern "C-unwind" fn _PG_init() {
     readonly::init();
     window::init();
     local::init();
+    ddl::init();
     tap::init();
     apply_log::init();
     collector::init();

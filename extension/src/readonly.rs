@@ -17,7 +17,7 @@ use pgrx::pg_sys;
 
 use crate::shmem::{self, Backend, Database, Effect, Gate};
 use crate::state::{Mode, State};
-use crate::{catalog, collector, compat, guc, local, node, subscription, window};
+use crate::{catalog, collector, compat, ddl, guc, local, node, subscription, window};
 
 static mut PREVIOUS_EXECUTOR_START: pg_sys::ExecutorStart_hook_type = None;
 static mut PREVIOUS_PROCESS_UTILITY: pg_sys::ProcessUtility_hook_type = None;
@@ -297,6 +297,9 @@ unsafe extern "C-unwind" fn process_utility(
         }
         if allowed {
             subscription::after(node);
+        }
+        if is_commit_prepared(node) {
+            ddl::committed_prepared();
         }
         if top {
             set_in_utility(false);

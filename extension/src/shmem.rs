@@ -101,6 +101,8 @@ pub struct Queue {
     collector: AtomicI32,
     /// Open conflicts that stop a subscription: while there are any, the collector wants to hear that apply goes on.
     open: AtomicU32,
+    /// 1 from the first time on that a transaction was prepared that changes the schema.
+    prepared_change: AtomicU32,
     /// The collector's latch. May be stale: setting the latch of a process that took over the place wakes it for nothing.
     latch: AtomicPtr<pg_sys::Latch>,
     positions: Positions,
@@ -500,6 +502,16 @@ impl Queue {
     /// How many conflicts stop a subscription, as the collector last counted.
     pub fn set_open(&self, count: u32) {
         self.open.store(count, Ordering::Relaxed);
+    }
+
+    /// Whether a transaction that changes the schema was ever prepared since the server started.
+    pub fn has_prepared_change(&self) -> bool {
+        self.prepared_change.load(Ordering::Relaxed) != 0
+    }
+
+    /// Remembers that one was.
+    pub fn note_prepared_change(&self) {
+        self.prepared_change.store(1, Ordering::Relaxed);
     }
 
     /// Makes the calling process the collector, unless there is one.

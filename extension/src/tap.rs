@@ -147,7 +147,7 @@ pub struct Transaction {
     kept: usize,
     /// Where the last change begins in `changes`.
     last: usize,
-    /// The descriptions of the tables that the changes are of, and which those are.
+    /// The descriptions of the tables that the changes are of, and of their types; and which tables those are.
     pub relations: Vec<u8>,
     described: Vec<u32>,
 }
@@ -185,7 +185,7 @@ impl Transaction {
         *self = fresh;
     }
 
-    fn add(&mut self, relations: &[(u32, Vec<u8>)], message: &[u8], in_stream: bool) {
+    fn add(&mut self, publisher: &Publisher, message: &[u8], in_stream: bool) {
         self.seen = self.seen.wrapping_add(1);
         self.applying = true;
         self.changes.truncate(self.kept);
@@ -203,22 +203,32 @@ impl Transaction {
             if let Ok(Decoded { message: Message::Truncate { relations: tables, .. }, .. }) =
                 pgoutput::decode(message, in_stream)
             {
-                tables.iter().for_each(|table| self.describe(relations, table));
+                tables.iter().for_each(|table| self.describe(publisher, table));
             }
         } else if let Some(table) = message.get(if in_stream { 5..9 } else { 1..5 }) {
-            self.describe(relations, table.iter().fold(0, |id, byte| id << 8 | u32::from(*byte)));
+            self.describe(publisher, table.iter().fold(0, |id, byte| id << 8 | u32::from(*byte)));
         }
     }
 
-    fn describe(&mut self, relations: &[(u32, Vec<u8>)], table: u32) {
+    fn describe(&mut self, publisher: &Publisher, table: u32) {
         if self.described.contains(&table) {
             return;
         }
-        if let Some((_, description)) = relations.iter().find(|(id, _)| *id == table)
+        if let Some(description) = Publisher::find(&publisher.relations, table)
             && self.relations.len() + description.len() <= DESCRIBED
         {
             self.described.push(table);
             push_frame(&mut self.relations, |out| out.extend_from_slice(description));
+            // Types that are not built in came before the table that needs them; without them it says less.
+            if let Ok(Decoded { message: Message::Relation(relation), .. }) = pgoutput::decode(description, false) {
+                for column in relation.columns() {
+                    if let Some(name) = Publisher::find(&publisher.types, column.type_oid)
+                        && self.relations.len() + name.len() <= DESCRIBED
+                    {
+                        push_frame(&mut self.relations, |out| out.extend_from_slice(name));
+                    }
+                }
+            }
         }
     }
 
@@ -252,6 +262,28 @@ impl Transaction {
     }
 }
 
+/// What the publisher has said of its tables and types, once per connection: the messages, by the oids there. Those that came
+/// in a stream are without the transaction's id.
+struct Publisher {
+    relations: Vec<(u32, Vec<u8>)>,
+    types: Vec<(u32, Vec<u8>)>,
+}
+
+impl Publisher {
+    fn find(messages: &[(u32, Vec<u8>)], id: u32) -> Option<&Vec<u8>> {
+        messages.iter().find(|(known, _)| *known == id).map(|(_, message)| message)
+    }
+
+    fn keep(messages: &mut Vec<(u32, Vec<u8>)>, id: u32, message: &[u8], in_stream: bool) {
+        let mut kept = message[..1].to_vec();
+        kept.extend_from_slice(message.get(if in_stream { 5 } else { 1 }..).unwrap_or_default());
+        match messages.iter_mut().find(|(known, _)| *known == id) {
+            Some((_, known)) => *known = kept,
+            None => messages.push((id, kept)),
+        }
+    }
+}
+
 /// What this process knows of the messages that have passed.
 pub struct Tap {
     /// Messages are coming, and we look at them.
@@ -260,8 +292,7 @@ pub struct Tap {
     /// This is the subscription's apply worker, not one that copies a table and may be further on than that.
     applies: bool,
     queue: Option<&'static Queue>,
-    /// Descriptions of the publisher's tables, which come once per connection: relation messages.
-    relations: Vec<(u32, Vec<u8>)>,
+    publisher: Publisher,
     pub transaction: Transaction,
     /// Streamed transactions that have not ended; more than STREAMS are not kept.
     streams: Vec<Transaction>,
@@ -286,7 +317,7 @@ impl Tap {
             subscription: 0,
             applies: false,
             queue: None,
-            relations: Vec::new(),
+            publisher: Publisher { relations: Vec::new(), types: Vec::new() },
             transaction: Transaction::new(),
             streams: Vec::new(),
             in_stream: None,
@@ -391,15 +422,9 @@ impl Tap {
                 self.end_transaction();
             }
             Message::Relation(relation) => {
-                // Without the transaction's id, which descriptions in a stream carry.
-                let skip = if in_stream { 5 } else { 1 };
-                let mut description = vec![b'R'];
-                description.extend_from_slice(message.get(skip..).unwrap_or_default());
-                match self.relations.iter_mut().find(|(id, _)| *id == relation.id) {
-                    Some((_, known)) => *known = description,
-                    None => self.relations.push((relation.id, description)),
-                }
+                Publisher::keep(&mut self.publisher.relations, relation.id, message, in_stream);
             }
+            Message::Type { id, .. } => Publisher::keep(&mut self.publisher.types, id, message, in_stream),
             Message::StreamStart { xid, first } => {
                 self.in_stream = Some(xid);
                 if first && self.streams.len() < STREAMS {
@@ -427,11 +452,11 @@ impl Tap {
     fn see_change(&mut self, message: &[u8]) -> bool {
         if let Some(xid) = self.in_stream {
             if let Some(stream) = self.streams.iter_mut().find(|stream| stream.xid == xid) {
-                stream.add(&self.relations, message, true);
+                stream.add(&self.publisher, message, true);
             }
             return true;
         }
-        self.transaction.add(&self.relations, message, false);
+        self.transaction.add(&self.publisher, message, false);
         if !self.excluded.is_empty() && self.leaves_out(message) {
             self.message = 0;
             return false;
@@ -455,9 +480,9 @@ impl Tap {
             Message::Delete { relation, old: (_, old) } => (*relation, Some(old), None),
             _ => return said,
         };
-        let described = self.relations.iter().find(|(id, _)| *id == table);
+        let described = Publisher::find(&self.publisher.relations, table);
         let Some(Ok(Decoded { message: Message::Relation(relation), .. })) =
-            described.map(|(_, description)| pgoutput::decode(description, false))
+            described.map(|description| pgoutput::decode(description, false))
         else {
             return said;
         };

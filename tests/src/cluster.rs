@@ -199,7 +199,7 @@ impl ClusterBuilder {
     /// Roles, database, tables, publication.
     async fn furnish(&self, node: &Server) -> Result<()> {
         if self.bare {
-            return furnish_bare(node, "login").await;
+            return furnish_bare(node).await;
         }
         node.execute(
             "postgres",
@@ -257,12 +257,10 @@ impl Cluster {
         &self.nodes[self.index(name)]
     }
 
-    /// Puts a server in a node's place that has the bot's empty tables and is otherwise bare; the bot cannot log in there yet.
+    /// Puts a server in a node's place that nobody has made anything in, with the port, the certificates and the settings of the old one.
     pub async fn replace(&mut self, name: &str, installation: &'static Installation) -> Result<()> {
         let index = self.index(name);
-        let node = &mut self.nodes[index];
-        node.replace(installation).await?;
-        furnish_bare(node, "nologin").await
+        self.nodes[index].replace(installation).await
     }
 
     fn index(&self, name: &str) -> usize {
@@ -546,8 +544,8 @@ key  = "{tls}/server-as-replicator.key"
 }
 
 /// The bot's role and its tables.
-async fn furnish_bare(node: &Server, login: &str) -> Result<()> {
-    node.execute("postgres", &format!("create role rosuav {login}")).await?;
+async fn furnish_bare(node: &Server) -> Result<()> {
+    node.execute("postgres", "create role rosuav login").await?;
     node.execute("postgres", "create database stillebot owner rosuav").await?;
     node.execute(DATABASE, &format!("set role rosuav; {BOT_TABLES}")).await
 }

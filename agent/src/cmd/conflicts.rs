@@ -20,9 +20,8 @@ use crate::failure::{Failure, Kind};
 use crate::node::{NodeError, Trouble};
 use crate::resolve::{self, Course, Step, Wish};
 use crate::resolver::{self, COUNTERPART_BOUND, Deed, Work};
-use crate::schema;
-use crate::sql;
 use crate::stop::Limits;
+use crate::{quote, schema, sql};
 
 /// How long resolving or skipping may take until replication goes on and the nodes are alike.
 const BOUND: Duration = Duration::from_secs(30);
@@ -197,8 +196,11 @@ async fn show(context: &Context, id: &ConflictId) -> Result<Reply, Failure> {
         Ok(ddl) => (ddl, None),
         Err(failure) => (Vec::new(), Some(failure.to_string())),
     };
-    if !ddl.is_empty() {
-        let _ = write!(text, "\nwhat would mend it, on {}:\n{}\n", conflict.node, ddl.join("\n"));
+    // What the nodes say of themselves is exact; the remedy is what one of them could tell from what it was sent.
+    let remedy =
+        if ddl.is_empty() { conflict.remedy.clone().filter(|_| conflict.is_open()) } else { Some(ddl.join("\n")) };
+    if let Some(remedy) = remedy {
+        let _ = write!(text, "\nwhat would mend it, on {}:\n{remedy}\n", conflict.node);
     }
     if let Some(flaw) = &flaw_of_ddl {
         let _ = writeln!(text, "\nwhat would mend it is not known: {flaw}");
@@ -211,8 +213,12 @@ async fn show(context: &Context, id: &ConflictId) -> Result<Reply, Failure> {
 
 /// The statements that make what its node lacks, if that is what stops it.
 async fn ddl(context: &Context, conflict: &Conflict) -> Result<Vec<String>, Failure> {
-    let table = conflict.message.as_deref().filter(|_| conflict.is_open()).and_then(schema::lacking);
-    let Some(table) = table else { return Ok(Vec::new()) };
+    let (true, Some(namespace), Some(table)) =
+        (conflict.is_open() && conflict.may_be_drift(), &conflict.schemaname, &conflict.relname)
+    else {
+        return Ok(Vec::new());
+    };
+    let table = format!("{}.{}", quote::name(namespace), quote::name(table));
     Ok(schema::mend_table(&super::schema::read(context).await?, &conflict.node, &table))
 }
 

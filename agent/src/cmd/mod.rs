@@ -159,8 +159,8 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Schema(Schema::Apply(options)) => change::apply(&context, options).await,
         Command::Schema(Schema::Run(options)) => change::run(&context, options).await,
         Command::Schema(Schema::Diff { ddl }) => schema::diff(&context, *ddl).await,
-        Command::Schema(Schema::Populate { table, from, timeout, dry_run }) => {
-            let wish = populate::Wish { table, from, timeout: *timeout };
+        Command::Schema(Schema::Populate { table, from, replace, timeout, dry_run }) => {
+            let wish = populate::Wish { table, from, replace: *replace, timeout: *timeout };
             populate::run(&context, &wish, *dry_run).await
         }
         Command::Certs(_) => Ok(certs::check(&context).await),

@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_postgres::Notification;
 
-use super::{Context, Reply, hostname, print, refresh};
+use super::{Context, Reply, hostname, populate, print, refresh};
 use crate::alarm::{self, Alarms, Word};
 use crate::condition::Finding;
 use crate::config::{Config, Node, Watch};
@@ -41,8 +41,12 @@ use crate::watchdog::{Gauge, Patience, Views, Watchdog};
 const CONFLICTS: &str = "stillebot_conflict";
 /// Channel on which the extension says that the schema was changed.
 const SCHEMA: &str = "stillebot_schema";
+/// How long the fingerprint of a schema is taken for what it was, if nobody says that the schema was changed.
+const FINGERPRINT: Duration = Duration::from_secs(60);
 /// How long a table has to be empty on one node only before its rows count as not replicated.
 const TO_ARRIVE: Duration = Duration::from_secs(2);
+/// How long the copies of new tables are waited for.
+const TO_COPY: Duration = Duration::from_secs(10);
 /// Between two attempts to have the same new tables replicate.
 const JOIN_AGAIN: Duration = Duration::from_secs(30);
 /// How long one look at one node may take.
@@ -102,13 +106,15 @@ struct Hands<'a> {
     node: Option<&'a Node>,
     crew: Crew<'a>,
     attempts: Attempts,
+    /// What is to be said on the channel of alarms.
+    said: Vec<String>,
 }
 
 impl<'a> Hands<'a> {
     async fn new(context: &'a Context, node: Option<&'a Node>) -> Self {
         // Connects to nobody before there is something to do.
         let (crew, _) = Crew::muster(&context.config, &context.connector, &[]).await;
-        Self { context, node, crew, attempts: Attempts::default() }
+        Self { context, node, crew, attempts: Attempts::default(), said: Vec::new() }
     }
 
     /// Has new tables replicate and resolves what there is a rule for, if that is this agent's business; what remains is handed
@@ -117,12 +123,13 @@ impl<'a> Hands<'a> {
         resolver::connect(&mut self.crew).await;
         let sights = resolver::sights(self.context, &self.crew).await;
         let active = resolve::active_side(&self.context.config, &sights);
-        if active.is_none() || self.node.is_some_and(|own| active.is_some_and(|node| node.name != own.name)) {
+        let ours = active.filter(|node| self.node.is_none_or(|own| node.name == own.name));
+        let Some(active) = ours.map(|node| node.name.clone()) else {
             tracing::debug!(active = active.map(|node| &node.name), "not ours to resolve");
             return self;
-        }
+        };
         if !unjoined.is_empty() {
-            self.join(&unjoined).await;
+            self.join(&active, &unjoined).await;
         }
         if self.context.config.rules.is_empty() {
             return self;
@@ -135,40 +142,69 @@ impl<'a> Hands<'a> {
         self
     }
 
-    /// Refreshes the subscriptions that tables are new to, and says which of them has rows that did not travel.
-    async fn join(&mut self, unjoined: &BTreeMap<String, BTreeSet<String>>) {
+    /// Has the subscriptions that tables are new to replicate them, and says which of them have rows that did not travel.
+    ///
+    /// Until then changes to them are passed over in silence. So the other nodes copy what the active one has, be it nothing: what is
+    /// written there meanwhile is in the copy or comes after it. The active node is refreshed first, so that it gets what the
+    /// others write from then on; what they have written before keeps them from copying, and is told.
+    async fn join(&mut self, active: &str, unjoined: &BTreeMap<String, BTreeSet<String>>) {
         if let Err(failure) = self.crew.lock().await {
             return tracing::info!(%failure, "new tables do not replicate yet");
         }
-        let tables: BTreeSet<&String> = unjoined.values().flatten().collect();
         let mut before = BTreeMap::new();
-        for table in &tables {
-            before.insert(*table, self.count(table).await);
+        for table in unjoined.values().flatten() {
+            before.insert(table, self.count(table).await);
         }
-        for (node, tables) in unjoined {
-            let names = tables.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-            match refresh::node_of(&mut self.crew, node).await {
-                Ok(_) => self.tell_schema(node, "joined", &format!("new tables replicate to {node}: {names}")),
-                Err(error) => {
-                    let text = format!("new tables do not replicate to {node} yet: {names}: {error}");
-                    self.tell_schema(node, "not joined", &text);
+        let subscription = self.context.config.subscription_to(active);
+        let (mut copied, mut refreshed) = (BTreeSet::new(), Vec::new());
+        let (first, others): (Vec<_>, Vec<_>) = unjoined.iter().partition(|(node, _)| *node == active);
+        for (node, tables) in first.into_iter().chain(others) {
+            for table in tables.iter().filter(|_| node != active) {
+                match populate::begin(&self.crew, node, table, &subscription, false).await {
+                    Ok(()) => drop(copied.insert(table)),
+                    Err(error) => tracing::info!(node, table, %error, "not copied"),
                 }
             }
+            refreshed.push((node, tables, refresh::node_of(&mut self.crew, node).await));
         }
         self.crew.unlock().await;
-        for (table, before) in &before {
+        for (node, tables, result) in refreshed {
+            let names = tables.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+            let (word, text) = match result {
+                Err(error) => ("not joined", format!("new tables do not replicate to {node} yet: {names}: {error}")),
+                Ok(_) if node == active || self.have_copied(node, tables, &subscription).await => {
+                    ("joined", format!("new tables replicate to {node}: {names}"))
+                }
+                Ok(_) => ("joined", format!("new tables are being copied to {node}: {names}")),
+            };
+            self.tell_schema(node, word, &text);
+        }
+        for (table, before) in before.iter().filter(|(table, _)| !copied.contains(*table)) {
             let until = Instant::now() + TO_ARRIVE;
             loop {
                 let apart = schema::rows_apart(table, before, &self.count(table).await);
                 match apart {
                     Some(text) if Instant::now() >= until => {
-                        self.tell_schema(&self.context.config.nodes[0].name, "populate", &text);
+                        self.tell_schema(active, "populate", &text);
+                        self.said.push(text);
                         break;
                     }
                     Some(_) => sleep(SHORTEST_PAUSE).await,
                     None => break,
                 }
             }
+        }
+    }
+
+    /// Waits for copies that have begun, for a while: big ones go on by themselves.
+    async fn have_copied(&self, node: &str, tables: &BTreeSet<String>, subscription: &str) -> bool {
+        let until = Instant::now() + TO_COPY;
+        loop {
+            let ready = populate::are_ready(&self.crew, self.context, node, tables, subscription).await;
+            if ready.unwrap_or_default() || Instant::now() >= until {
+                return ready.unwrap_or_default();
+            }
+            sleep(SHORTEST_PAUSE).await;
         }
     }
 
@@ -254,6 +290,8 @@ struct Seat {
     speaks: bool,
     /// The extension's report fails there.
     status_refused: bool,
+    /// The fingerprint of its schema, and when it was asked for; none after it was changed.
+    schema: Option<(Instant, Option<String>)>,
 }
 
 impl<'a> Post<'a> {
@@ -275,8 +313,13 @@ impl<'a> Post<'a> {
                     () = &mut next => break,
                     Some(text) = mail.recv() => self.tell(&text).await,
                     heard = hear(&mut self.session) => match heard {
-                        // Which one, the look will show.
-                        Some(_) => next.as_mut().reset(looked + SHORTEST_PAUSE),
+                        // Which conflict, the look will show.
+                        Some(told) => {
+                            if told.channel() == SCHEMA && let Some(seat) = &mut self.session {
+                                seat.schema = None;
+                            }
+                            next.as_mut().reset(looked + SHORTEST_PAUSE);
+                        }
                         None => {
                             tracing::debug!(node = self.node.name, "the connection is lost");
                             self.session = None;
@@ -304,13 +347,21 @@ impl<'a> Post<'a> {
             let locked = seat.session.row(sql::WATCH_LOCK, &[], LOOK_BOUND).await;
             seat.speaks = locked.is_ok_and(|row| row.get("locked"));
         }
-        let looked = sight::look(
-            &seat.session,
-            self.node,
-            &self.context.config.publication,
-            &mut seat.status_refused,
-            LOOK_BOUND,
-        );
+        let publication = &self.context.config.publication;
+        let looked = async {
+            let mut sight =
+                sight::look(&seat.session, self.node, publication, &mut seat.status_refused, LOOK_BOUND).await?;
+            sight.schema = match &seat.schema {
+                Some((at, known)) if at.elapsed() < FINGERPRINT => known.clone(),
+                _ => {
+                    let at = Instant::now();
+                    let found = schema::fingerprint(&seat.session, LOOK_BOUND).await?;
+                    seat.schema = Some((at, found.clone()));
+                    found
+                }
+            };
+            Ok(sight)
+        };
         match timeout(NODE_BOUND, looked).await {
             Ok(Ok(sight)) => {
                 self.failures = 0;
@@ -334,7 +385,7 @@ impl<'a> Post<'a> {
                 result => result?,
             }
         }
-        Ok(Seat { session, notifications, speaks: false, status_refused: false })
+        Ok(Seat { session, notifications, speaks: false, status_refused: false, schema: None })
     }
 
     /// Counts a failure; without a sound session, the next attempt is a while off.
@@ -446,7 +497,10 @@ impl<'a> Desk<'a> {
                     looking = Some(Box::pin(inspect::findings(self.context)));
                 }
                 found = work(&mut looking) => (self.certificates, looking) = (found, None),
-                idle = work(&mut at_work) => (hands, at_work) = (Some(idle), None),
+                mut idle = work(&mut at_work) => {
+                    idle.said.drain(..).for_each(|text| self.notify(&text));
+                    (hands, at_work) = (Some(idle), None);
+                }
                 () = tick(&mut alive) => if self.posts_report() {
                     supervisor(&[NotifyState::Watchdog]);
                 },
@@ -491,6 +545,16 @@ impl<'a> Desk<'a> {
         !self.context.config.nodes.iter().any(late)
     }
 
+    /// Says something on the channel of alarms, on every node.
+    fn notify(&self, text: &str) {
+        let payload: Arc<str> = payload(text).into();
+        for outbox in &self.outboxes {
+            if outbox.try_send(Arc::clone(&payload)).is_err() {
+                tracing::warn!("an alarm was not sent: too many wait");
+            }
+        }
+    }
+
     fn judge(&mut self) {
         let now = self.began.elapsed();
         let clock = SystemTime::now();
@@ -509,12 +573,7 @@ impl<'a> Desk<'a> {
             } else {
                 print(&format!("{} {}: {text}", time(clock), event.word.word()));
             }
-            let payload: Arc<str> = payload(&text).into();
-            for outbox in &self.outboxes {
-                if outbox.try_send(Arc::clone(&payload)).is_err() {
-                    tracing::warn!("an alarm was not sent: too many wait");
-                }
-            }
+            self.notify(&text);
         }
         let raised: Vec<String> = self
             .alarms

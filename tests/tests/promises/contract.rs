@@ -1,7 +1,8 @@
 //! What is promised of the SQL objects: who may call them, what they belong to, how they come and go.
 
 use std::collections::BTreeSet;
-use std::process::Command;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use stillebot_tests::{Installation, Server, postgres};
@@ -235,6 +236,40 @@ async fn objects(operator: &tokio_postgres::Client, version: &str, update: Optio
         .await?;
     operator.batch_execute("drop extension stillebot; drop schema if exists multihome").await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+#[tokio::test]
+async fn a_dump_of_the_whole_database_can_be_restored() -> Result<()> {
+    let server = furnished(Server::builder("sikorsky")).await?;
+    server.execute("postgres", "create table more (i int primary key); insert into more values (1)").await?;
+    server.execute("postgres", "create database restored template template0").await?;
+    let program = |name: &str, database: &str| {
+        let mut command = server.installation().command(name);
+        command.arg("-h").arg(server.socket_directory()).args([
+            "-p",
+            &server.port().to_string(),
+            "-U",
+            "postgres",
+            "-d",
+            database,
+        ]);
+        command
+    };
+    let dump = program("pg_dump", "postgres").output()?;
+    ensure!(dump.status.success(), "{dump:?}");
+    let mut psql = program("psql", "restored")
+        .args(["-Xq1", "-v", "ON_ERROR_STOP=1", "-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()?;
+    psql.stdin.take().context("no stdin")?.write_all(&dump.stdout)?;
+    ensure!(psql.wait()?.success());
+    let rows: i64 = server.value("restored", "select count(*) from more").await?;
+    let triggers: i64 =
+        server.value("restored", "select count(*) from pg_event_trigger where evtname like 'stillebot%'").await?;
+    ensure!(rows == 1 && triggers == 2, "{rows} rows, {triggers} triggers");
+    ensure!(state(&server, "restored").await? == "up");
+    server.finish().await
 }
 
 #[tokio::test]

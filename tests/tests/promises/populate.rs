@@ -1,6 +1,6 @@
 //! A table that was created with rows in it is filled on the other nodes once, one way, by choice.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use stillebot_tests::cluster::DATABASE;
 use stillebot_tests::{Cluster, wait_until};
 
@@ -91,5 +91,75 @@ async fn a_table_that_is_not_alike_or_not_there_is_not_populated() -> Result<()>
     ensure!(count(&cluster, "gideon").await? == 0);
     let run = agent(&cluster, &["schema", "populate", "stillebot.none", "--from", "sikorsky"]).await?;
     run.expect_code(2)?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_run_that_was_killed_is_finished_by_the_next_one_and_three_nodes_end_alike() -> Result<()> {
+    let cluster = Cluster::builder().nodes(3).start().await?;
+    for allowed in [
+        "logical replication target relation \"stillebot.songs\" does not exist",
+        "exited with exit code 1",
+        "is already active for PID",
+        "terminating logical replication worker due to administrator command",
+    ] {
+        cluster.expect_log(allowed);
+    }
+    cluster.node("sikorsky").execute(DATABASE, &format!("{TABLE}; {ROWS}")).await?;
+    for node in ["gideon", "rodan"] {
+        cluster.node(node).execute(DATABASE, TABLE).await?;
+    }
+    cluster.wait_replicated().await?;
+    // Holds the copy up on one node, so that the run is killed in the middle: what keeps other writers out keeps the copy out.
+    let holder = cluster.node("rodan").superuser(DATABASE).await?;
+    holder.batch_execute("begin; lock table stillebot.songs in share row exclusive mode").await?;
+    let arguments = ["schema", "populate", "stillebot.songs", "--from", "sikorsky"];
+    let mut child = cluster.agent_command(&arguments).spawn()?;
+    wait_until("gideon to have its copy", PATIENCE, || async {
+        Ok((count(&cluster, "gideon").await? == 5000).then_some(()))
+    })
+    .await?;
+    child.kill().await?;
+    holder.batch_execute("rollback").await?;
+    drop(holder);
+    // The lock of the one that was killed is free when its server process has noticed.
+    let run = wait_until("the next run", PATIENCE, || async {
+        let run = agent(&cluster, &arguments).await?;
+        Ok((run.code == Some(0)).then_some(run))
+    })
+    .await?;
+    ensure!(run.json["outcome"] == "done", "{run:?}");
+    cluster.node("gideon").execute(DATABASE, "insert into stillebot.songs values (-1, 'gideon')").await?;
+    cluster.node("rodan").execute(DATABASE, "insert into stillebot.songs values (-2, 'rodan')").await?;
+    cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
+    ensure!(count(&cluster, "rodan").await? == 5002);
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_copy_is_refused_if_the_worker_does_not_end() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    cluster.expect_log(" 55P03 client backend");
+    cluster.expect_log("did not terminate within");
+    cluster.expect_log("terminating logical replication worker due to administrator command");
+    cluster.expect_log("exited with exit code 1");
+    cluster.expect_log("is already active for PID");
+    let gideon = cluster.node("gideon");
+    let worker: i32 = gideon.value(DATABASE, "select pid from pg_stat_subscription where relid is null").await?;
+    let worker = nix::unistd::Pid::from_raw(worker);
+    // A process that does not react.
+    nix::sys::signal::kill(worker, nix::sys::signal::Signal::SIGSTOP)?;
+    let session = gideon.superuser(DATABASE).await?;
+    let call = "select multihome.copy_table('stillebot.raids', 'multihome', false)";
+    let refused = session.batch_execute(call).await;
+    nix::sys::signal::kill(worker, nix::sys::signal::Signal::SIGCONT)?;
+    let error = refused.err().context("copied beside a worker that was at work")?;
+    ensure!(format!("{error:?}").contains("does not end"), "{error:?}");
+    let state: String = gideon
+        .value(DATABASE, "select srsubstate::text from pg_subscription_rel where srrelid = 'stillebot.raids'::regclass")
+        .await?;
+    ensure!(state == "r", "{state}");
+    cluster.wait_replicated().await?;
     cluster.finish().await
 }

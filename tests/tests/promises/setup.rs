@@ -518,3 +518,44 @@ async fn without_a_terminal_progress_is_plain_lines_one_for_each_step_and_table(
     ensure!(stderr.lines().all(|line| line.starts_with('[') || line.starts_with("      ")), "{stderr}");
     cluster.finish().await
 }
+
+#[tokio::test]
+async fn init_gives_strides_if_that_is_wished_and_says_so_beforehand() -> Result<()> {
+    let cluster = bare().start().await?;
+    cluster.expect_log(" 25006 ");
+    for node in cluster.nodes() {
+        let table = "set role rosuav; create table stillebot.tickets (id bigserial primary key, note text)";
+        node.execute(DATABASE, table).await?;
+    }
+    fill(cluster.node("sikorsky"), 10).await?;
+    let mut dry = cluster.as_admin("init", &["--dry-run", "--stride"]);
+    let plan = cluster.agent(&dry.iter().map(String::as_str).collect::<Vec<_>>()).await?.expect_code(0)?.stdout;
+    let said = "keys that two nodes would hand out both: stillebot.tickets.id; ";
+    ensure!(plan.contains(&format!("{said}they get strides at the end")), "{plan}");
+    dry.pop();
+    let plan = cluster.agent(&dry.iter().map(String::as_str).collect::<Vec<_>>()).await?.expect_code(0)?.stdout;
+    ensure!(plan.contains(&format!("{said}`init --stride`")), "{plan}");
+
+    // Also of nodes that replicate already.
+    for (options, outcome) in
+        [(&["--yes"][..], "done"), (&["--yes", "--stride"], "nothing_to_do"), (&["--yes", "--stride"], "nothing_to_do")]
+    {
+        let run = init(&cluster, options).await?.expect_code(0)?;
+        ensure!(run.json["outcome"] == outcome, "{run:#?}");
+        ensure!(run.json["stride"].is_object() == (options.len() > 1), "{run:#?}");
+        let increments = async |node: &Server| {
+            let query = "select seqincrement from pg_sequence where seqrelid = 'stillebot.tickets_id_seq'::regclass";
+            node.value::<i64>(DATABASE, query).await
+        };
+        for node in cluster.nodes() {
+            ensure!(increments(node).await? == if options.len() > 1 { 16 } else { 1 }, "{}", node.name());
+        }
+    }
+    for node in cluster.nodes() {
+        let insert = "insert into stillebot.tickets (note) select 'x' from generate_series(1, 20)";
+        node.connect("rosuav", DATABASE).await?.batch_execute(insert).await?;
+    }
+    cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
+    cluster.finish().await
+}
