@@ -484,6 +484,13 @@ impl<'a> Work<'a> {
             failure.kind = Kind::NeedsPerson;
             failure.message =
                 format!("an earlier run's change cannot be finished, and nothing was changed: {}", failure.message);
+            failure.hint.get_or_insert_with(|| {
+                format!(
+                    "what is missing on {} may have come there by other means; then say on a node that has the change: select \
+                     multihome.conclude_schema_changes()",
+                    self.plan.run_on.join(" and ")
+                )
+            });
         } else if failure.kind == Kind::Undone {
             failure.message = format!("{}; nothing was changed", failure.message);
         }
@@ -854,10 +861,11 @@ impl<'a> Work<'a> {
     async fn closed_and_compared(&mut self) -> Result<Vec<String>, Failure> {
         for name in self.names() {
             if self.windows.contains(&name) {
-                if self.content.sha256.is_some() {
-                    self.crew.session(&name)?.run(sql::CHANGE_CONCLUDE, END_BOUND).await?;
-                }
                 self.close_window(&name).await?;
+            }
+            // It stays on its node by its own means, which a window has not.
+            if self.content.sha256.is_some() {
+                self.crew.ask(&name, sql::CHANGE_CONCLUDE, &[], END_BOUND).await?;
             }
         }
         Ok(change::differences(&self.schemas().await?))
