@@ -21,7 +21,7 @@ use crate::cli::{SchemaApply, SchemaHow, SchemaRun};
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts::{self, Facts};
 use crate::failure::{Failure, Kind};
-use crate::node::{NodeError, Session, Trouble};
+use crate::node::{LOCKED, NodeError, Session, Trouble};
 use crate::schema::{self, Schema};
 use crate::stop::{Halt, Limits};
 use crate::{quote, sql};
@@ -338,6 +338,15 @@ impl<'a> Work<'a> {
             } else if tried.is_ok() {
                 self.close_window(name).await?;
             }
+            let tried = tried.map_err(|failure| match failure.hint.as_deref() {
+                Some(LOCKED) if !is_down => {
+                    let brief = humantime::format_duration(self.brief());
+                    failure.hint(format!(
+                        "somebody holds a lock on it, see pg_locks; wait for its end: a trial on a node that is up waits for {brief} at most"
+                    ))
+                }
+                _ => failure,
+            });
             match tried? {
                 changes @ Trial::Changes { .. } if !self.plan.finishing => return Ok(changes),
                 _ => {}

@@ -274,6 +274,16 @@ async fn what_cannot_be_one_transaction_is_refused_before_a_node_is_taken_down()
         apply(&cluster, "alter table stillebot.raids add x int", &["--lock-timeout", "200ms"]).await?.expect_code(1)?;
     ensure!(run.says("lock timeout") && run.says("--lock-timeout"), "{run:#?}");
     ensure!(stands(&cluster).await? == ["up, old", "up, old"]);
+    // Where the trial is, and everybody else waits behind it, that is a matter of a second.
+    let reader = cluster.nodes()[0].connect("rosuav", DATABASE).await?;
+    reader.batch_execute("begin; select * from stillebot.raids").await?;
+    let run = apply(&cluster, "alter table stillebot.raids add x int", &[]).await?.expect_code(1)?;
+    ensure!(
+        run.says("lock timeout") && run.says("up waits for 1s at most") && run.says("nothing was changed"),
+        "{run:#?}"
+    );
+    let blocked = run.json["writes_blocked_ms"].as_f64().context("not told")?;
+    ensure!((1000.0..5000.0).contains(&blocked), "{blocked} ms");
     cluster.finish().await
 }
 
