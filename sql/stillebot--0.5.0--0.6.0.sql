@@ -17,13 +17,16 @@ begin atomic
 end;
 
 create function multihome.conclude_schema_changes() returns void
-language sql volatile security definer
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
-begin atomic
+as $$
+begin
+    perform multihome.begin_local('multihome.conclude_schema_changes()');
     update multihome.schema_change as c set done = true where c.node = multihome.node_id() and not c.done;
-end;
+    perform multihome.end_local();
+end $$;
 revoke execute on function multihome.conclude_schema_changes() from public;
-comment on function multihome.conclude_schema_changes() is 'Says of all changes of this node that they are committed on all of their nodes. For a maintenance window, where it stays on this node.';
+comment on function multihome.conclude_schema_changes() is 'Says of all changes of this node that they are committed on all of their nodes, or have come to them by other means. It stays on this node; also while down.';
 
 comment on function multihome.open_window(name, interval) is
 'Opens a maintenance window in this database, which is down and stays so: for that long, at most 24 hours, sessions that logged in as role may write, and nobody else, superusers included.

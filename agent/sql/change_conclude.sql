@@ -1,2 +1,2 @@
--- In the window of this session: the changes of this node are committed everywhere.
-begin read write; select multihome.conclude_schema_changes(); commit
+-- The changes of this node are committed on all of their nodes.
+select multihome.conclude_schema_changes()

@@ -1,8 +1,8 @@
 -- Which of these privileges the role $1 has. $2: what kind of thing, $3: its schema, $4: its name, $5: of a function, the
--- types of its arguments, $6: the privilege. Null: there is no such thing, or no such role. Names are looked up in the catalog, for to_regprocedure()
+-- types of its arguments, $6: the privilege. Null: there is no such thing, or, but for a role as the thing, no such role. Names are looked up in the catalog, for to_regprocedure()
 -- and its like are errors to who may not use the schema.
 select case g.kind
-           when 'role' then (select pg_has_role(r.oid, o.oid, coalesce(nullif(g.privilege, ''), 'usage')) from pg_roles o where o.rolname = g.name)
+           when 'role' then (select coalesce(pg_has_role(r.oid, o.oid, coalesce(nullif(g.privilege, ''), 'usage')), false) from pg_roles o where o.rolname = g.name)
            when 'schema' then (select has_schema_privilege(r.oid, n.oid, g.privilege) from pg_namespace n where n.nspname = g.name)
            when 'table' then (select has_table_privilege(r.oid, c.oid, g.privilege)
                                 from pg_class c

@@ -69,7 +69,7 @@ pub const TABLE: [Step; 11] = [
     },
     Step {
         name: "compare",
-        does: "say in every journal that the change is whole, close the windows, and compare the schemas of all nodes",
+        does: "close the windows, say in every journal that the change is whole, and compare the schemas of all nodes",
         undo: "none; nodes that are not alike stay down",
         why_here: "what one node has and another lacks must not be found by replication, nor by refresh",
     },

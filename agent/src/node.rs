@@ -41,6 +41,8 @@ pub const APPLICATION_NAME: &str = "stillebot-agent";
 pub const ADDRESS_BOUND: Duration = Duration::from_secs(1);
 /// How long a name may take to be resolved.
 const NAME_BOUND: Duration = Duration::from_secs(5);
+/// What to do about a lock that was not to be had.
+pub const LOCKED: &str = "somebody holds a lock on it, see pg_locks; wait for its end, or longer: --lock-timeout";
 /// Notifications that wait to be heard; more are dropped, as each only says that there is something to look at.
 const EARFUL: usize = 64;
 
@@ -449,9 +451,7 @@ impl Session {
                 "25001" | "2D000" => {
                     Some("all of the file is one transaction: what cannot be in one is for `schema run`")
                 }
-                "55P03" => {
-                    Some("somebody holds a lock on it, see pg_locks; wait for its end, or longer: --lock-timeout")
-                }
+                "55P03" => Some(LOCKED),
                 _ => None,
             };
             told.hint = told.hint.or(hint.map(str::to_owned));

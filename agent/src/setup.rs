@@ -628,7 +628,7 @@ impl<'a> Planner<'a> {
             })
         };
         for (grant, there) in &survey.missing_grants {
-            // A role does not come with the extension.
+            // Of what is not there yet, the extension brings everything but a role.
             if *there || (anew && grant.kind != "role" && known(grant)) {
                 steps.push(run(node, &grant.statement, "what the agent needs, and nothing more"));
             }

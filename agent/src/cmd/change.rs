@@ -21,7 +21,7 @@ use crate::cli::{SchemaApply, SchemaHow, SchemaRun};
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts::{self, Facts};
 use crate::failure::{Failure, Kind};
-use crate::node::{NodeError, Session, Trouble};
+use crate::node::{LOCKED, NodeError, Session, Trouble};
 use crate::schema::{self, Schema};
 use crate::stop::{Halt, Limits};
 use crate::{quote, sql};
@@ -338,6 +338,15 @@ impl<'a> Work<'a> {
             } else if tried.is_ok() {
                 self.close_window(name).await?;
             }
+            let tried = tried.map_err(|failure| match failure.hint.as_deref() {
+                Some(LOCKED) if !is_down => {
+                    let brief = humantime::format_duration(self.brief());
+                    failure.hint(format!(
+                        "somebody holds a lock on it, see pg_locks; wait for its end: a trial on a node that is up waits for {brief} at most"
+                    ))
+                }
+                _ => failure,
+            });
             match tried? {
                 changes @ Trial::Changes { .. } if !self.plan.finishing => return Ok(changes),
                 _ => {}
@@ -484,6 +493,13 @@ impl<'a> Work<'a> {
             failure.kind = Kind::NeedsPerson;
             failure.message =
                 format!("an earlier run's change cannot be finished, and nothing was changed: {}", failure.message);
+            failure.hint.get_or_insert_with(|| {
+                format!(
+                    "what is missing on {} may have come there by other means; then say on a node that has the change: select \
+                     multihome.conclude_schema_changes()",
+                    self.plan.run_on.join(" and ")
+                )
+            });
         } else if failure.kind == Kind::Undone {
             failure.message = format!("{}; nothing was changed", failure.message);
         }
@@ -854,10 +870,11 @@ impl<'a> Work<'a> {
     async fn closed_and_compared(&mut self) -> Result<Vec<String>, Failure> {
         for name in self.names() {
             if self.windows.contains(&name) {
-                if self.content.sha256.is_some() {
-                    self.crew.session(&name)?.run(sql::CHANGE_CONCLUDE, END_BOUND).await?;
-                }
                 self.close_window(&name).await?;
+            }
+            // It stays on its node by its own means, which a window has not.
+            if self.content.sha256.is_some() {
+                self.crew.ask(&name, sql::CHANGE_CONCLUDE, &[], END_BOUND).await?;
             }
         }
         Ok(change::differences(&self.schemas().await?))
