@@ -14,7 +14,7 @@ use tokio_postgres::types::PgLsn;
 use super::{Context, Reply, refresh, schema as diff, unreachable};
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::failure::{Failure, Kind};
-use crate::node::NodeError;
+use crate::node::{NodeError, Trouble};
 use crate::{facts, schema, sql};
 
 /// The table's lock is waited for, and the end of a worker.
@@ -207,7 +207,14 @@ pub async fn begin(
     let session = crew.session(node)?;
     // The state of a down database must not refuse the agent's own session.
     session.run("set default_transaction_read_only = off", LOOK_BOUND).await?;
-    session.rows(sql::COPY_TABLE, &[&table, &subscription, &replace], START_BOUND).await?;
+    session.rows(sql::COPY_TABLE, &[&table, &subscription, &replace], START_BOUND).await.map_err(|error| {
+        // The functions of this project say what to do; what they are called by does not.
+        let hint = (error.trouble == Trouble::Refused).then(|| {
+            "needs stillebot 0.6.0 there: alter extension stillebot update, and grant the agent's role what `check` says"
+                .to_owned()
+        });
+        NodeError { hint: error.hint.clone().or(hint), ..error }
+    })?;
     session.rows(sql::RESTART_APPLY, &[&subscription], LOOK_BOUND).await?;
     Ok(())
 }

@@ -201,8 +201,9 @@ impl<'a> Hands<'a> {
         let until = Instant::now() + TO_COPY;
         loop {
             let ready = populate::are_ready(&self.crew, self.context, node, tables, subscription).await;
-            if ready.unwrap_or_default() || Instant::now() >= until {
-                return ready.unwrap_or_default();
+            let ready = ready.unwrap_or_default();
+            if ready || Instant::now() >= until {
+                return ready;
             }
             sleep(SHORTEST_PAUSE).await;
         }

@@ -125,6 +125,7 @@ async fn a_run_that_was_killed_is_finished_by_the_next_one_and_three_nodes_end_a
     // The lock of the one that was killed is free when its server process has noticed.
     let run = wait_until("the next run", PATIENCE, || async {
         let run = agent(&cluster, &arguments).await?;
+        println!("{run:?}");
         Ok((run.code == Some(0)).then_some(run))
     })
     .await?;

@@ -83,7 +83,7 @@ create table stillebot.shapes (
     unique nulls not distinct (name, mood),
     exclude using btree (share with =) where (share > 99)
 );
-create index some on stillebot.shapes (lower(name), at desc nulls last) include (share) where mood = 'bad' and share is not null;
+create index rare on stillebot.shapes (lower(name), at desc nulls last) include (share) where mood = 'bad' and share is not null;
 create view stillebot.seen with (security_barrier) as
     with recursive up (id, other, depth) as (
         select id, other, 0 from stillebot.shapes where other is null
