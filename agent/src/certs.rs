@@ -25,6 +25,8 @@ pub const WARNING_DAYS: i64 = 21;
 pub const ALARM_DAYS: i64 = 7;
 
 const DAY: i64 = 86_400;
+/// 1.3.6.1.4.1.11129.2.4.2, which names the extension of RFC 6962, section 3.3.
+const LOG_RECEIPTS: [u8; 12] = [0x06, 0x0a, 0x2b, 0x06, 0x01, 0x04, 0x01, 0xd6, 0x79, 0x02, 0x04, 0x02];
 
 /// A certificate and those between it and its root.
 #[derive(Clone)]
@@ -64,10 +66,37 @@ pub struct Facts {
 pub struct Wanted {
     /// PEM file of what its chain has to lead to.
     pub root: Vec<u8>,
+    /// The same of the peers' subscriptions, which verify this node's server with a file of their own; none if it cannot be read
+    /// here.
+    pub peers_root: Option<Vec<u8>>,
     /// Who presents it.
     pub uses: BTreeSet<Use>,
     /// What it has to be issued for.
     pub names: Vec<String>,
+}
+
+/// Why a certificate will not do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Flaw {
+    /// Nobody may use it here.
+    Useless(String),
+    /// A server may, and a client not.
+    ForServersOnly(String),
+}
+
+impl Flaw {
+    /// Why.
+    pub fn text(&self) -> &str {
+        let (Self::Useless(text) | Self::ForServersOnly(text)) = self;
+        text
+    }
+}
+
+impl Use {
+    /// It is presented to a server by a client of it.
+    pub fn is_client(self) -> bool {
+        matches!(self, Self::Replication | Self::Agent)
+    }
 }
 
 /// How long something is valid.
@@ -110,6 +139,31 @@ impl Chain {
             not_before: unix(self.leaf.not_before()),
             not_after: unix(self.leaf.not_after()),
         }
+    }
+
+    /// The common name, which PostgreSQL's `cert` authentication takes for the role.
+    pub fn common_name(&self) -> Option<String> {
+        let entry = self.leaf.subject_name().entries_by_nid(Nid::COMMONNAME).next();
+        entry.and_then(|entry| entry.data().to_string().ok()).filter(|name| !name.is_empty())
+    }
+
+    /// Whether its purposes, if it has any, include that of a client.
+    pub fn is_for_clients(&self) -> bool {
+        let purpose = || -> Result<bool, openssl::error::ErrorStack> {
+            let mut store = X509StoreBuilder::new()?;
+            store.add_cert(self.leaf.clone())?;
+            store.set_purpose(X509PurposeId::SSL_CLIENT)?;
+            store.set_flags(X509VerifyFlags::PARTIAL_CHAIN | X509VerifyFlags::NO_CHECK_TIME)?;
+            let (store, none) = (store.build(), Stack::new()?);
+            X509StoreContext::new()?.init(&store, &self.leaf, &none, |context| context.verify_cert())
+        };
+        purpose().unwrap_or(false)
+    }
+
+    /// Whether a public authority has issued it: those put the receipts of public logs into each.
+    pub fn is_public(&self) -> bool {
+        let der = self.leaf.to_der().unwrap_or_default();
+        der.windows(LOG_RECEIPTS.len()).any(|part| part == LOG_RECEIPTS)
     }
 
     /// The certificate out of these that the chain leads to, as PostgreSQL and libpq follow it. Without a use it may be for
@@ -178,7 +232,31 @@ impl Pair {
     }
 
     /// Whether it will do at that moment, in seconds since 1970, in the place of what is there; the error says why not.
-    pub fn judge(&self, wanted: &Wanted, present: Option<&Self>, now: i64) -> Result<(), String> {
+    pub fn judge(&self, wanted: &Wanted, present: Option<&Self>, now: i64) -> Result<(), Flaw> {
+        self.lasts(now).map_err(Flaw::Useless)?;
+        self.suits(wanted)?;
+        let clients = wanted.uses.iter().any(|purpose| purpose.is_client());
+        let had_one = present.is_none_or(|there| there.chain.common_name().is_some());
+        if clients && had_one && self.chain.common_name().is_none() {
+            let text =
+                "the certificate has no common name, from which PostgreSQL's `cert` authentication takes the role";
+            return Err(Flaw::ForServersOnly(text.into()));
+        }
+        // What would not be taken itself has no say: a placeholder may well be younger.
+        if let Some(there) = present.filter(|there| there.suits(wanted).is_ok()) {
+            let (facts, there) = (self.chain.facts(), there.chain.facts());
+            if facts.not_before < there.not_before {
+                return Err(Flaw::Useless(format!(
+                    "the certificate is older than what is there: issued {}, not {}",
+                    date(facts.not_before),
+                    date(there.not_before)
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn lasts(&self, now: i64) -> Result<(), String> {
         let facts = self.chain.facts();
         if facts.not_before > now {
             return Err(format!("the certificate is not valid before {}", date(facts.not_before)));
@@ -192,39 +270,38 @@ impl Pair {
                 date(facts.not_after)
             ));
         }
-        self.suits(wanted)?;
-        // What would not be taken itself has no say: a placeholder may well be younger.
-        if let Some(there) = present.filter(|there| there.suits(wanted).is_ok()) {
-            let there = there.chain.facts();
-            if facts.not_before < there.not_before {
-                return Err(format!(
-                    "the certificate is older than what is there: issued {}, not {}",
-                    date(facts.not_before),
-                    date(there.not_before)
-                ));
-            }
-        }
         Ok(())
     }
 
-    /// Root, purposes and names.
-    fn suits(&self, wanted: &Wanted) -> Result<(), String> {
-        for purpose in &wanted.uses {
-            self.chain.anchor(&wanted.root, Some(*purpose), false).map_err(|error| {
+    /// Root, purposes and names. Clients last: what they refuse, a server may still take.
+    fn suits(&self, wanted: &Wanted) -> Result<(), Flaw> {
+        let leads = |root: &[u8], purpose: Use, whose: &str| {
+            self.chain.anchor(root, Some(purpose), false).map_err(|error| {
                 // Not every authority issues them for clients; and then apply would stop at the next connection.
-                if error.contains("purpose") {
-                    let whom = if *purpose == Use::Server { "a server" } else { "a client" };
-                    format!("the certificate is not issued for {whom}: {error}")
+                if error.contains("purpose") && purpose.is_client() {
+                    Flaw::ForServersOnly(format!("the certificate is not issued for a client: {error}"))
+                } else if error.contains("purpose") {
+                    Flaw::Useless(format!("the certificate is not issued for a server: {error}"))
                 } else {
-                    format!("the chain does not lead to the root: {error}")
+                    Flaw::Useless(format!("the chain does not lead to {whose}: {error}"))
                 }
-            })?;
+            })
+        };
+        for purpose in wanted.uses.iter().filter(|purpose| !purpose.is_client()) {
+            leads(&wanted.root, *purpose, "the root")?;
+        }
+        if let Some(root) = wanted.peers_root.as_deref().filter(|_| wanted.uses.contains(&Use::Server)) {
+            leads(root, Use::Server, "replication.root, by which its peers verify this server")?;
         }
         let missing = uncovered(&self.chain.facts().names, &wanted.names);
-        if missing.is_empty() {
-            return Ok(());
+        if !missing.is_empty() {
+            let (missing, names) = (missing.join(", "), names_text(&self.chain));
+            return Err(Flaw::Useless(format!("the certificate is not issued for {missing}, only for {names}")));
         }
-        Err(format!("the certificate is not issued for {}, only for {}", missing.join(", "), names_text(&self.chain)))
+        for purpose in wanted.uses.iter().filter(|purpose| purpose.is_client()) {
+            leads(&wanted.root, *purpose, "the root")?;
+        }
+        Ok(())
     }
 
     /// Whether both files are the same, byte by byte.
@@ -344,13 +421,14 @@ pub fn date(seconds: i64) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use openssl::asn1::{Asn1Object, Asn1OctetString};
     use openssl::ec::{EcGroup, EcKey};
     use openssl::hash::MessageDigest;
     use openssl::pkey::Private;
     use openssl::rsa::Rsa;
     use openssl::symm::Cipher;
     use openssl::x509::extension::{BasicConstraints, ExtendedKeyUsage, SubjectAlternativeName};
-    use openssl::x509::{X509Builder, X509NameBuilder};
+    use openssl::x509::{X509Builder, X509Extension, X509NameBuilder};
     use proptest::prelude::*;
 
     pub(crate) fn now() -> i64 {
@@ -372,9 +450,21 @@ pub(crate) mod tests {
         pub(crate) certificate: X509,
     }
 
+    pub(crate) fn log_receipts(builder: &mut X509Builder) {
+        let (name, value) =
+            (Asn1Object::from_str("1.3.6.1.4.1.11129.2.4.2"), Asn1OctetString::new_from_bytes(b"\x04\0"));
+        let extension = X509Extension::new_from_der(&name.unwrap(), false, &value.unwrap()).unwrap();
+        builder.append_extension(extension).unwrap();
+    }
+
+    /// An empty one is left out.
     fn name(text: &str) -> openssl::x509::X509Name {
         let mut name = X509NameBuilder::new().unwrap();
-        name.append_entry_by_nid(Nid::COMMONNAME, text).unwrap();
+        if text.is_empty() {
+            name.append_entry_by_nid(Nid::ORGANIZATIONNAME, "nobody").unwrap();
+        } else {
+            name.append_entry_by_nid(Nid::COMMONNAME, text).unwrap();
+        }
         name.build()
     }
 
@@ -452,13 +542,14 @@ pub(crate) mod tests {
     fn wanted(authority: &Authority, uses: &[Use], names: &[&str]) -> Wanted {
         Wanted {
             root: pem(&[&authority.certificate]),
+            peers_root: None,
             uses: uses.iter().copied().collect(),
             names: names.iter().map(|name| (*name).to_owned()).collect(),
         }
     }
 
     fn flaw(pair: &Pair, wanted: &Wanted) -> String {
-        pair.judge(wanted, None, now()).unwrap_err()
+        pair.judge(wanted, None, now()).unwrap_err().text().to_owned()
     }
 
     #[test]
@@ -538,8 +629,64 @@ pub(crate) mod tests {
         let leaf = root.issue(&key, &["a"], now() - 60, now() + 90 * DAY, false);
         let pair = pair(&key, &[&leaf]);
         assert_eq!(pair.judge(&wanted(&root, &[Use::Server], &["a"]), None, now()), Ok(()));
-        let flaw = flaw(&pair, &wanted(&root, &[Use::Server, Use::Replication], &["a"]));
-        assert!(flaw.contains("not issued for a client"), "{flaw}");
+        assert!(!pair.chain.is_for_clients());
+        for uses in [&[Use::Server, Use::Replication][..], &[Use::Agent]] {
+            let flaw = pair.judge(&wanted(&root, uses, &["a"]), None, now()).unwrap_err();
+            assert!(
+                matches!(&flaw, Flaw::ForServersOnly(text) if text.contains("not issued for a client")),
+                "{flaw:?}"
+            );
+        }
+        // What no server may use either is not for servers only.
+        let elsewhere = pair.judge(&wanted(&root, &[Use::Server, Use::Replication], &["b"]), None, now()).unwrap_err();
+        assert!(matches!(elsewhere, Flaw::Useless(_)), "{elsewhere:?}");
+    }
+
+    #[test]
+    fn a_client_needs_the_common_name_that_it_had() {
+        let root = Authority::new("root");
+        let key = elliptic();
+        let issue = |common: &str| {
+            let leaf = certificate(common, &key, (root.name, &root.key), now() - 60, now() + 90 * DAY, |_| ());
+            assert!(Chain::of(vec![leaf.clone()]).unwrap().is_for_clients(), "without purposes it is for all");
+            pair(&key, &[&leaf])
+        };
+        let (named, nameless) = (issue("replicator"), issue(""));
+        assert_eq!(named.chain.common_name().as_deref(), Some("replicator"));
+        let (client, server) = (wanted(&root, &[Use::Replication], &[]), wanted(&root, &[Use::Server], &[]));
+        for there in [None, Some(&named)] {
+            let flaw = nameless.judge(&client, there, now()).unwrap_err();
+            assert!(matches!(&flaw, Flaw::ForServersOnly(text) if text.contains("no common name")), "{flaw:?}");
+            assert_eq!(nameless.judge(&server, there, now()), Ok(()));
+        }
+        assert_eq!(nameless.judge(&client, Some(&nameless), now()), Ok(()));
+        assert_eq!(named.judge(&client, Some(&nameless), now()), Ok(()));
+    }
+
+    #[test]
+    fn a_servers_chain_leads_to_the_peers_root_too() {
+        let (root, other) = (Authority::new("root"), Authority::new("other"));
+        let key = elliptic();
+        let pair = pair(&key, &[&root.issue(&key, &["a"], now() - 60, now() + 90 * DAY, true)]);
+        let with = |peers: &Authority, uses: &[Use]| Wanted {
+            peers_root: Some(pem(&[&peers.certificate])),
+            ..wanted(&root, uses, &["a"])
+        };
+        assert_eq!(pair.judge(&with(&root, &[Use::Server]), None, now()), Ok(()));
+        assert!(flaw(&pair, &with(&other, &[Use::Server])).contains("does not lead to replication.root"));
+        assert_eq!(pair.judge(&with(&other, &[Use::Replication]), None, now()), Ok(()));
+    }
+
+    #[test]
+    fn a_public_authoritys_certificate_is_known_by_its_receipts() {
+        let root = Authority::new("root");
+        let key = elliptic();
+        let chain = |extend: fn(&mut X509Builder)| {
+            let leaf = certificate("a", &key, (root.name, &root.key), now() - 60, now() + DAY, extend);
+            Chain::of(vec![leaf]).unwrap()
+        };
+        assert!(!chain(|_| ()).is_public());
+        assert!(chain(log_receipts).is_public());
     }
 
     #[test]
@@ -550,13 +697,13 @@ pub(crate) mod tests {
         let wanted = wanted(&root, &[Use::Server], &["a"]);
         let now = now();
         let judge = |pair: &Pair, there: Option<&Pair>| pair.judge(&wanted, there, now);
-        assert!(judge(&make(now + 600, now + 90 * DAY), None).unwrap_err().contains("not valid before"));
-        assert!(judge(&make(now - 90 * DAY, now - 1), None).unwrap_err().contains("expired on"));
-        assert!(judge(&make(now - 90 * DAY, now + DAY), None).unwrap_err().contains("in a day or less"));
+        assert!(judge(&make(now + 600, now + 90 * DAY), None).unwrap_err().text().contains("not valid before"));
+        assert!(judge(&make(now - 90 * DAY, now - 1), None).unwrap_err().text().contains("expired on"));
+        assert!(judge(&make(now - 90 * DAY, now + DAY), None).unwrap_err().text().contains("in a day or less"));
         assert_eq!(judge(&make(now - 90 * DAY, now + DAY + 60), None), Ok(()));
         let (older, newer) = (make(now - 60 * DAY, now + 30 * DAY), make(now - 60, now + 20 * DAY));
         assert_eq!(judge(&newer, Some(&older)), Ok(()));
-        assert!(judge(&older, Some(&newer)).unwrap_err().contains("older than what is there"));
+        assert!(judge(&older, Some(&newer)).unwrap_err().text().contains("older than what is there"));
         assert_eq!(judge(&older, Some(&older)), Ok(()));
         // A placeholder that nobody would verify is replaced by whatever is good.
         let stranger = Authority::new("stranger");

@@ -8,13 +8,14 @@
 //! privkey.pem     -> .certificate.pem/current/privkey.pem
 //! .certificate.pem/current -> 7                               replaced by rename(2)
 //! .certificate.pem/7/{certificate.pem,privkey.pem}            written once, never changed
+//! .certificate.pem/back -> 6                                  as long as version 7 is not proven
 //! ```
 //!
 //! Files that are there from before are taken in without a moment in which what is read changes: their contents become a
 //! version, `current` leads to it, then each path becomes a link to what it was. PostgreSQL and libpq look at what a link leads
 //! to, which has owner and mode as they want them.
 //!
-//! Everything is reached from the opened directory, no link is followed but `current`, which is read and must be a number; a
+//! Everything is reached from the opened directory, no link is followed but `current` and `back`, which are read and must be numbers; a
 //! key is never readable by others, not for a moment. Deliberately knows nothing of certificates, nor of servers.
 
 use std::ffi::OsStr;
@@ -31,6 +32,8 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, symlinkat, unlinkat};
 
 /// The link that says which version is in force.
 const CURRENT: &str = "current";
+/// The link that says which version was in force before one that is not proven yet.
+const BACK: &str = "back";
 /// What a link is called before it takes its place.
 const NEXT: &str = "next";
 /// More than any certificate or key has.
@@ -61,8 +64,26 @@ impl Place {
         let path = cert.parent().unwrap_or(Path::new("/")).to_owned();
         let name = |path: &Path| path.file_name().and_then(OsStr::to_str).map(str::to_owned);
         let (Some(cert), Some(key)) = (name(cert), name(key)) else { return Err("the files have no names".into()) };
-        let directory = open(&path, OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
-            .map_err(|error| failed("open the directory", &path, error))?;
+        let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let directory = open(&path, flags, Mode::empty()).map_err(|error| match error {
+            // What Linux says of a link here is that it is no directory, or one link too many.
+            Errno::ENOTDIR | Errno::ELOOP if path.is_symlink() => {
+                format!(
+                    "{} is a symbolic link, and links are not followed: configure where it leads to",
+                    path.display()
+                )
+            }
+            error => failed("open the directory", &path, error),
+        })?;
+        let stat = fstat(&directory).map_err(|error| failed("look at", &path, error))?;
+        let (owner, wanted) = (Uid::from_raw(stat.st_uid), uid.unwrap_or_else(Uid::effective));
+        if !owner.is_root() && owner != wanted {
+            return Err(format!(
+                "the directory {} belongs to neither root nor the files' owner, so somebody else could replace what is \
+                 put there",
+                path.display()
+            ));
+        }
         let mode = Mode::from_bits_truncate(mode);
         Ok(Self { directory, path, names: [cert, key], uid, gid, mode })
     }
@@ -93,15 +114,30 @@ impl Place {
 
     /// The version in force.
     pub fn current(&self) -> Result<Option<u32>, String> {
+        self.version(CURRENT)
+    }
+
+    /// The version that was in force before one that was never proven.
+    pub fn back(&self) -> Result<Option<u32>, String> {
+        self.version(BACK)
+    }
+
+    /// What is in a version.
+    pub fn files_of(&self, version: u32) -> Result<Files, String> {
+        let [cert, key] = &self.names;
+        Ok([self.read_version(version, cert)?, self.read_version(version, key)?])
+    }
+
+    fn version(&self, link: &str) -> Result<Option<u32>, String> {
         let Some(vault) = self.vault()? else { return Ok(None) };
-        match readlinkat(&vault, CURRENT) {
+        match readlinkat(&vault, link) {
             Ok(version) => {
                 let number = version.to_str().and_then(|text| text.parse().ok());
-                let flaw = || format!("{} does not lead to a version", self.inside(CURRENT).display());
+                let flaw = || format!("{} does not lead to a version", self.inside(link).display());
                 number.ok_or_else(flaw).map(Some)
             }
             Err(Errno::ENOENT) => Ok(None),
-            Err(error) => Err(failed("read", &self.inside(CURRENT), error)),
+            Err(error) => Err(failed("read", &self.inside(link), error)),
         }
     }
 
@@ -210,6 +246,31 @@ impl Place {
     pub fn switch(&self, version: u32) -> Result<(), String> {
         let vault = self.make_vault()?;
         self.put_link(&vault, NEXT, CURRENT, &version.to_string(), &self.inside(""))
+    }
+
+    /// Remembers, across whatever happens to this run, which version to go back to.
+    pub fn remember(&self, version: u32) -> Result<(), String> {
+        let vault = self.make_vault()?;
+        self.put_link(&vault, NEXT, BACK, &version.to_string(), &self.inside(""))
+    }
+
+    /// The version in force is proven, or it is the one to go back to.
+    pub fn forget(&self) -> Result<(), String> {
+        let Some(vault) = self.vault()? else { return Ok(()) };
+        match unlinkat(&vault, BACK, UnlinkatFlags::NoRemoveDir) {
+            Err(Errno::ENOENT) => Ok(()),
+            Ok(()) => sync(&vault, &self.inside("")),
+            Err(error) => Err(failed("remove", &self.inside(BACK), error)),
+        }
+    }
+
+    /// Removes a version that is not in force.
+    pub fn discard(&self, version: u32) -> Result<(), String> {
+        let Some(vault) = self.vault()? else { return Ok(()) };
+        if self.current()? != Some(version) {
+            self.remove_version(&vault, version);
+        }
+        Ok(())
     }
 
     /// Removes all versions but these.
@@ -473,6 +534,38 @@ mod tests {
         symlink(elsewhere.path(), folder.path(".c.pem/current")).unwrap();
         assert!(folder.place().current().unwrap_err().contains("does not lead to a version"));
         assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_way_back_is_remembered_until_it_is_no_longer_needed() {
+        let folder = Folder::new();
+        folder.write("old");
+        let place = folder.place();
+        adopt(&place, &|| ());
+        let (old, new) = (place.current().unwrap().unwrap(), place.stage(&files("new")).unwrap());
+        place.remember(old).unwrap();
+        place.switch(new).unwrap();
+        // Whoever comes next.
+        let place = folder.place();
+        assert_eq!(place.back(), Ok(Some(old)));
+        assert_eq!(place.files_of(old).unwrap(), files("old"));
+        place.discard(new).unwrap();
+        assert_eq!(folder.read(), read("new"), "what is in force stays");
+        place.switch(old).unwrap();
+        place.forget().unwrap();
+        place.discard(new).unwrap();
+        assert_eq!((place.back(), folder.read()), (Ok(None), read("old")));
+        assert_eq!(place.files_of(new).unwrap(), [None, None]);
+    }
+
+    #[test]
+    fn a_directory_that_is_a_link_is_not_entered() {
+        let folder = Folder::new();
+        fs::create_dir(folder.path("real")).unwrap();
+        let link = folder.path("link");
+        symlink("real", &link).unwrap();
+        let flaw = Place::open(&link.join("c.pem"), &link.join("k.pem"), None, None, 0o600).err().unwrap();
+        assert!(flaw.contains("is a symbolic link"), "{flaw}");
     }
 
     #[test]

@@ -239,18 +239,19 @@ pub fn judge(
         findings.push(on_disk(file, note, served.and_then(|served| served.as_ref().ok()), root, now));
     }
     for note in notes {
-        let failed = match &note.outcome {
+        let (level, how) = match &note.outcome {
             Outcome::Deployed => continue,
-            Outcome::Unfinished => "it was cut off; run it again".to_owned(),
-            Outcome::Failed { why } => why.clone(),
+            Outcome::Unproven { why } => (Level::Warning, format!("is not proven: {why}")),
+            Outcome::Unfinished => (Level::Error, "failed: it was cut off; run it again".to_owned()),
+            Outcome::Failed { why } => (Level::Error, format!("failed: {why}")),
         };
         let mut nodes = files.iter().filter(|file| file.entry.lineage == note.lineage).filter_map(|file| file.node);
         let when = if note.began > 0 { format!(" of {}", certs::date(note.began)) } else { String::new() };
         findings.push(Finding {
             node: nodes.next().unwrap_or_default().to_owned(),
             what: format!("deployment of {}", note.lineage),
-            level: Level::Error,
-            text: format!("certificate deployment{when} failed: {failed}"),
+            level,
+            text: format!("certificate deployment{when} {how}"),
             certificate: None,
         });
     }
@@ -327,18 +328,36 @@ fn client(
         return Finding { node: node.name.clone(), what, level: Level::Unknown, text, certificate: None };
     };
     let own = |file: &&File<'_>| file.node == Some(&node.name) && file.entry.uses.contains(&Use::Replication);
-    let on_disk = files.iter().find(own).and_then(|file| file.chain.as_ref()?.as_ref().ok()).map(Chain::facts);
-    let served = sight.served.as_ref().and_then(|served| served.as_ref().ok()).map(Chain::facts);
-    let certificate = [&on_disk, &served].into_iter().flatten().find(|facts| Some(facts.serial.as_str()) == serial);
-    let (level, text) = match (serial, &on_disk, certificate) {
+    let on_disk = files.iter().find(own).and_then(|file| file.chain.as_ref()?.as_ref().ok());
+    let served = sight.served.as_ref().and_then(|served| served.as_ref().ok());
+    let same = |chain: &&Chain| Some(chain.facts().serial.as_str()) == serial;
+    let seen = [on_disk, served].into_iter().flatten().find(same);
+    let file = on_disk.map(|chain| chain.facts().serial);
+    let (level, text) = match (serial, file, seen) {
         (None, ..) => (Level::Well, format!("{source} asks for no certificate")),
-        (Some(serial), Some(file), _) if file.serial != serial => {
-            (Level::Error, format!("reload pending: connected with serial {serial}, the file has {}", file.serial))
+        (Some(serial), Some(file), _) if file != serial => {
+            (Level::Error, format!("reload pending: connected with serial {serial}, the file has {file}"))
         }
-        (Some(_), _, Some(facts)) => lasts(facts, now),
-        (Some(serial), ..) => (Level::Well, format!("serial {serial}; until when cannot be seen from here")),
+        (Some(_), _, Some(chain)) => all([vec![lasts(&chain.facts(), now)], for_clients(chain)].concat()),
+        (Some(serial), ..) => (Level::Unknown, format!("serial {serial}; until when cannot be seen from here")),
     };
-    Finding { node: node.name.clone(), what, level, text, certificate: certificate.cloned() }
+    Finding { node: node.name.clone(), what, level, text, certificate: seen.map(Chain::facts) }
+}
+
+/// What keeps a certificate from being a client's, or will at its next renewal.
+fn for_clients(chain: &Chain) -> Vec<(Level, String)> {
+    let mut stand = Vec::new();
+    if !chain.is_for_clients() {
+        stand.push((Level::Error, "not issued for clients: see docs/certificates.md".into()));
+    } else if chain.is_public() {
+        let text =
+            "public authorities no longer issue for clients, so it will not be renewed: see docs/certificates.md";
+        stand.push((Level::Warning, text.into()));
+    }
+    if chain.common_name().is_none() {
+        stand.push((Level::Warning, "no common name, so `cert` authentication has no role for it".into()));
+    }
+    stand
 }
 
 fn on_disk(file: &File<'_>, note: Option<&Note>, served: Option<&Chain>, root: Option<&[u8]>, now: i64) -> Finding {
@@ -359,6 +378,14 @@ fn on_disk(file: &File<'_>, note: Option<&Note>, served: Option<&Chain>, root: O
         }
     };
     let mut stand = vec![lasts(&facts, now)];
+    // One that may not be read by this user is known by what is served, if that is the same.
+    let seen = match &file.chain {
+        Some(Ok(chain)) => Some(chain),
+        _ => served.filter(|served| served.facts().serial == facts.serial),
+    };
+    if let Some(chain) = seen.filter(|_| file.entry.uses.iter().any(|purpose| purpose.is_client())) {
+        stand.extend(for_clients(chain));
+    }
     if let (Some(Ok(chain)), Some(root)) = (&file.chain, root.filter(|_| file.entry.root.is_none()))
         && let Err(error) = chain.anchor(root, None, true)
     {
@@ -543,6 +570,43 @@ mod tests {
         let subjects: Vec<Subject> = present.into_iter().map(|finding| finding.subject).collect();
         assert_eq!(subjects, [server.subject(), another.subject()]);
         assert_eq!(unknown, [others[1].subject()]);
+    }
+
+    #[test]
+    fn what_is_no_clients_certificate_is_told_while_it_still_works() {
+        let mut case = Case::new();
+        let leaf = case.root.issue(&elliptic(), &["a.net"], now() - 60, now() + 90 * DAY, false);
+        case.served = Chain::of(vec![leaf]).unwrap();
+        case.presented = Some(Some(case.served.facts().serial));
+        for file in [Some(Ok(case.served.clone())), None] {
+            case.file = file;
+            case.notes = vec![Note {
+                lineage: "a.net".into(),
+                began: 7,
+                outcome: Outcome::Deployed,
+                certificate: Some(case.served.facts()),
+            }];
+            let said = "not issued for clients";
+            assert_says(&case, &[("subscription from b", Level::Error, said), ("file /etc/c.pem", Level::Error, said)]);
+        }
+        case.presented = Some(Some("AB".into()));
+        case.file = None;
+        case.served = Case::new().served;
+        case.notes.clear();
+        let told = case.judge();
+        assert!(
+            told.iter().any(|(_, level, text)| *level == Level::Unknown && text.contains("until when")),
+            "{told:?}"
+        );
+    }
+
+    #[test]
+    fn what_could_not_be_proven_is_a_warning() {
+        let mut case = Case::new();
+        let certificate = Some(case.served.facts());
+        let outcome = Outcome::Unproven { why: "b cannot be asked".into() };
+        case.notes = vec![Note { lineage: "a.net".into(), began: 7, outcome, certificate }];
+        assert_says(&case, &[("deployment of a.net", Level::Warning, "is not proven: b cannot be asked")]);
     }
 
     #[test]

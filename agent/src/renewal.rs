@@ -7,13 +7,14 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
 use nix::sys::stat::{Mode, fchmod, mkdirat};
+use nix::unistd::fsync;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
@@ -36,6 +37,11 @@ pub enum Outcome {
     Unfinished,
     /// The pair is in place, and served unless the server is not running.
     Deployed,
+    /// The pair is in place, but something that uses it could not be asked.
+    Unproven {
+        /// What.
+        why: String,
+    },
     /// It was not deployed, or undone.
     Failed {
         /// Why.
@@ -69,7 +75,7 @@ impl Ledger {
         let flaw = |path: &Path, error: io::Error| format!("cannot write {}: {error}", path.display());
         let folder = folder(state).map_err(|error| flaw(&state.join(FOLDER), error))?;
         let path = state.join(FOLDER).join(LOCK);
-        let lock = open(&folder, LOCK).map_err(|error| flaw(&path, error))?;
+        let lock = open(&folder, LOCK, 0o600).map_err(|error| flaw(&path, error))?;
         let began_to_wait = Instant::now();
         loop {
             match lock.try_lock() {
@@ -84,7 +90,8 @@ impl Ledger {
         }
         let path = note_path(state, lineage);
         let certificate = read(state, lineage).and_then(|note| note.certificate);
-        let file = open(&folder, &file_name(lineage)).map_err(|error| flaw(&path, error))?;
+        let file = open(&folder, &file_name(lineage), 0o644).map_err(|error| flaw(&path, error))?;
+        fsync(&folder).map_err(|error| flaw(&path, error.into()))?;
         let mut ledger = Self { file, _lock: lock };
         let note = Note { lineage: lineage.into(), began, outcome: Outcome::Unfinished, certificate };
         ledger.write(&note).map_err(|error| flaw(&path, error))?;
@@ -128,17 +135,19 @@ fn folder(state: &Path) -> io::Result<OwnedFd> {
     let folder = fcntl::openat(&state, FOLDER, flags | OFlag::O_NOFOLLOW, Mode::empty())?;
     if made {
         fchmod(&folder, readable)?;
+        fsync(&state)?;
     }
     Ok(folder)
 }
 
-/// A file that everybody may read: the watchdog is another user.
-fn open(folder: &OwnedFd, name: &str) -> io::Result<File> {
-    let readable = Mode::from_bits_truncate(0o644);
+/// A file of exactly that mode. Everybody may read notes, as the watchdog is another user; nobody else the lock, for whoever can
+/// open a file can hold it.
+fn open(folder: &OwnedFd, name: &str, mode: u32) -> io::Result<File> {
+    let bits = Mode::from_bits_truncate(mode);
     let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let file = File::from(fcntl::openat(folder, name, flags, readable)?);
-    if file.metadata()?.permissions().mode() & 0o444 != 0o444 {
-        fchmod(&file, readable)?;
+    let file = File::from(fcntl::openat(folder, name, flags, bits)?);
+    if file.metadata()?.permissions().mode() & 0o777 != mode {
+        fchmod(&file, bits)?;
     }
     Ok(file)
 }
@@ -151,10 +160,12 @@ pub fn read(state: &Path, lineage: &str) -> Option<Note> {
     Some(serde_json::from_str(&text).unwrap_or(unfinished))
 }
 
-/// Whether a deployment is under way on this host.
+/// Whether a deployment is under way on this host. Who may not open the lock can still see in the kernel's list that it is held.
 pub fn is_under_way(state: &Path) -> bool {
-    let lock = File::open(state.join(FOLDER).join(LOCK));
-    lock.is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    let Ok(lock) = fs::metadata(state.join(FOLDER).join(LOCK)) else { return false };
+    let held = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let inode = |line: &str| line.split_whitespace().find_map(|word| word.splitn(3, ':').nth(2)?.parse::<u64>().ok());
+    held.lines().any(|line| line.contains(" FLOCK ") && inode(line) == Some(lock.ino()))
 }
 
 #[cfg(test)]
@@ -178,6 +189,20 @@ mod tests {
         assert_eq!(read(state.path(), "a").unwrap().certificate, note.certificate);
         fs::write(note_path(state.path(), "a"), "{\"lineage\":").unwrap();
         assert_eq!(read(state.path(), "a").unwrap().outcome, Outcome::Unfinished);
+    }
+
+    #[tokio::test]
+    async fn strangers_cannot_hold_the_lock_and_can_read_the_notes() {
+        let state = tempfile::tempdir().unwrap();
+        fs::create_dir(state.path().join(FOLDER)).unwrap();
+        // As an older agent has left it.
+        File::create(state.path().join(FOLDER).join(LOCK)).unwrap();
+        assert!(!is_under_way(state.path()));
+        let _ledger = Ledger::begin(state.path(), "a", 1).await.unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&state.path().join(FOLDER).join(LOCK)), 0o600);
+        assert_eq!(mode(&note_path(state.path(), "a")), 0o644);
+        assert!(is_under_way(state.path()));
     }
 
     #[tokio::test]

@@ -180,7 +180,7 @@ pub struct Request<'a> {
 }
 
 impl<'a> Request<'a> {
-    /// The role that it logs in as.
+    /// The role that it logs in as; empty: it has no common name.
     pub fn role(mut self, role: &'a str) -> Self {
         self.common_name = role;
         self
@@ -256,7 +256,10 @@ fn new_key() -> Result<PKey<Private>> {
 
 fn builder_subject(common_name: &str) -> Result<openssl::x509::X509Name> {
     let mut name = X509NameBuilder::new()?;
-    name.append_entry_by_nid(Nid::COMMONNAME, common_name)?;
+    // As some authorities have it: no common name at all.
+    if !common_name.is_empty() {
+        name.append_entry_by_nid(Nid::COMMONNAME, common_name)?;
+    }
     Ok(name.build())
 }
 
