@@ -304,13 +304,7 @@ impl<'a> Post<'a> {
             let locked = seat.session.row(sql::WATCH_LOCK, &[], LOOK_BOUND).await;
             seat.speaks = locked.is_ok_and(|row| row.get("locked"));
         }
-        let looked = sight::look(
-            &seat.session,
-            self.node,
-            &self.context.config.publication,
-            &mut seat.status_refused,
-            LOOK_BOUND,
-        );
+        let looked = sight::look(&seat.session, &self.context.config.publication, &mut seat.status_refused, LOOK_BOUND);
         match timeout(NODE_BOUND, looked).await {
             Ok(Ok(sight)) => {
                 self.failures = 0;
