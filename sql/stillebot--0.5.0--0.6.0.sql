@@ -116,7 +116,9 @@ begin
     if event ->> 'message_id' = 'subscription "%s" does not replicate: this data directory is a copy of another node''s' then
         return 0; -- multihome.park() is for that.
     end if;
-    if event ->> 'message_id' = 'subscription "%s" would replicate this database to itself' then
+    -- When the WAL of a publisher that went back in time has grown past what is applied here, nobody can tell any more.
+    if event ->> 'message_id' in ('subscription "%s" would replicate this database to itself',
+                                  'subscription "%s" does not replicate: its publisher has gone back in time') then
         select s.subname into name from pg_subscription s where s.oid = (event ->> 'subscription')::oid and s.subenabled;
         if found then
             begin
@@ -173,7 +175,7 @@ begin
     return written;
 end $$;
 comment on function multihome.record(jsonb) is
-'Writes down what a replication worker reported, with the remedy if tables differ, and returns the number of the row; 0 if there is none of it. Disables a subscription of this database to itself.
+'Writes down what a replication worker reported, with the remedy if tables differ, and returns the number of the row; 0 if there is none of it. Disables a subscription of this database to itself, or to a publisher that has gone back in time.
 For the collector, in a transaction that stays on this node.';
 
 -- A change of the schema is told after its commit, by the collector, so that its transaction can be prepared.
@@ -284,3 +286,24 @@ begin atomic
     select multihome.copy_table(relation, subscription, false);
 end;
 comment on function multihome.copy_table(text, text) is 'multihome.copy_table() without replace.';
+
+-- Free space where the WAL is.
+
+create function multihome.free_space() returns bigint
+language c volatile parallel safe security definer
+set search_path = pg_catalog, pg_temp
+as 'MODULE_PATHNAME', 'multihome_free_space_wrapper';
+revoke execute on function multihome.free_space() from public;
+comment on function multihome.free_space() is 'Free bytes of the file system that holds the WAL of this server; null if that cannot be asked.';
+
+-- Adoption where a publisher does not answer: unknown counts as running.
+
+drop function public.stillebot_adopt_identity();
+create function public.stillebot_adopt_identity(force boolean default false) returns text
+language c volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as 'MODULE_PATHNAME', 'multihome_adopt_identity_wrapper';
+revoke execute on function public.stillebot_adopt_identity(boolean) from public;
+comment on function public.stillebot_adopt_identity(boolean) is
+'Makes this copy of a node the node itself: after the original is gone for good, its data directory was moved, or pg_upgrade. Never while the original runs;
+force: although a publisher cannot be asked whether it does. Its subscriptions are enabled again; the database stays down. Returns what to do next.';

@@ -26,6 +26,8 @@ select jsonb_build_object(
            'extension', (select e.extversion from pg_extension e where e.extname = 'stillebot'),
            'extension_available', (select a.default_version from pg_available_extensions a where a.name = 'stillebot'),
            'may_see_rules', has_function_privilege('pg_catalog.pg_hba_file_rules()', 'execute'),
+           'may_see_mappings', has_function_privilege('pg_catalog.pg_ident_file_mappings()', 'execute'),
+           'may_see_space', exists (select from allowed where proname = 'free_space'),
            'may_see_connections', exists (select from allowed where proname = 'connections'),
            'knows_itself', exists (select from allowed where proname = 'identity'),
            'client', host(inet_client_addr()),

@@ -3,6 +3,7 @@ select jsonb_build_object(
            'name', s.name,
            'value', s.setting,
            'on_command_line', s.source = 'command line',
+           'altered', coalesce(s.sourcefile like '%/postgresql.auto.conf', false),
            'restart', s.context = 'postmaster',
            'pending', s.pending_restart
        )::text as survey

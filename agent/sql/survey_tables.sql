@@ -19,6 +19,12 @@ select jsonb_build_object(
                                          and i.indimmediate
                                          and i.indpred is null
                                          and case c.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident end),
+           'identity_columns', (select coalesce(jsonb_agg(format('%I', a.attname) order by a.attname), '[]')
+                                  from pg_index i
+                                  join pg_attribute a on a.attrelid = c.oid and a.attnum = any (i.indkey[0 : i.indnkeyatts - 1])
+                                 where i.indrelid = c.oid
+                                   and i.indisvalid
+                                   and case c.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident end),
            'keys', (select coalesce(jsonb_agg(jsonb_build_object(
                                'name', format('%I', x.relname),
                                'primary', i.indisprimary,
@@ -31,6 +37,10 @@ select jsonb_build_object(
                                                        where a.attrelid = c.oid
                                                          and a.attnum = any (i.indkey[0 : i.indnkeyatts - 1])
                                                          and not a.attnotnull),
+                               'rule', (select string_agg(pg_get_indexdef(i.indexrelid, k, true), ', ' order by k)
+                                          from generate_series(1, i.indnkeyatts) k)
+                                       || case when i.indnullsnotdistinct then ' nulls not distinct' else '' end
+                                       || coalesce(' where ' || pg_get_expr(i.indpred, i.indrelid), ''),
                                'columns', (select coalesce(jsonb_agg(format('%I', a.attname) order by k.number), '[]')
                                              from unnest(i.indkey[0 : i.indnkeyatts - 1]) with ordinality k (attnum, number)
                                              join pg_attribute a on a.attrelid = c.oid and a.attnum = k.attnum)

@@ -3,7 +3,13 @@
 select case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end as written,
        pg_size_bytes(current_setting('wal_segment_size')) as segment,
        extract(epoch from current_setting('wal_retrieve_retry_interval')::interval)::float8 as retry,
-       (select d.setting from pg_settings d where d.name = 'data_directory') as data_directory,
+       exists (select
+                 from pg_proc p
+                 join pg_namespace n on n.oid = p.pronamespace
+                where n.nspname = 'multihome'
+                  and p.proname = 'free_space'
+                  and has_schema_privilege(n.oid, 'usage')
+                  and has_function_privilege(p.oid, 'execute')) as measures,
        exists (select
                  from pg_class c
                  join pg_namespace n on n.oid = c.relnamespace

@@ -213,6 +213,34 @@ impl Finding {
         self.mends = Some(Mends::Person);
         self
     }
+
+    /// What it is about, and how that is.
+    pub fn title(&self) -> String {
+        let about = self.about.iter().chain(&self.peer).fold(String::new(), |all, one| all + " " + one);
+        format!("{}{about}: {}", self.subject, self.found)
+    }
+
+    /// What is needed, and each step that makes it so, line by line.
+    pub fn mending(&self) -> Vec<String> {
+        let remedies = self.remedy.iter().map(|remedy| {
+            let (node, what) = match remedy {
+                Remedy::Sql { node, statement } => (node, format!("{statement};")),
+                Remedy::File { node, path, line, instead_of, before } => {
+                    let place = match (instead_of, before) {
+                        (Some(number), _) => format!("instead of line {number}"),
+                        (None, Some(number)) => format!("before line {number}"),
+                        (None, None) => "at the end".to_owned(),
+                    };
+                    (node, format!("{path}, {place}: {line}"))
+                }
+                Remedy::Shell { node, command } => (node, format!("$ {command}")),
+                Remedy::Restart { node } => (node, "restart the server".to_owned()),
+            };
+            let elsewhere = if *node == self.node { String::new() } else { format!("on {node}: ") };
+            format!("mend:   {elsewhere}{what}")
+        });
+        std::iter::once(format!("needed: {}", self.needed)).chain(remedies).collect()
+    }
 }
 
 const RELOAD: &str = "select pg_catalog.pg_reload_conf()";
@@ -270,6 +298,7 @@ pub fn findings(seen: &Seen<'_>) -> Vec<Finding> {
         if survey.about.version_num < LEAST_VERSION {
             continue;
         }
+        this.space(&mut all);
         this.settings(&mut all);
         this.access(&mut all);
         this.extension(&mut all);
@@ -347,20 +376,20 @@ impl<'a> This<'a> {
                     .person(),
             );
         }
-        if let Some(free) = self.survey.free {
-            let kept = self.number("max_slot_wal_keep_size").filter(|megabytes| *megabytes >= 0);
-            let needed = kept.map_or(LEAST_FREE, |megabytes| (megabytes.unsigned_abs() << 20).max(LEAST_FREE));
-            let finding = if free < needed {
-                Finding::warning("disk_space", self.name())
-            } else {
-                Finding::ok("disk_space", self.name())
-            };
-            out.push(
-                finding
-                    .found(format!("{} free", Size(free)))
-                    .needed(format!("{} for WAL that slots keep", Size(needed))),
-            );
-        }
+    }
+
+    fn space(&self, out: &mut Vec<Finding>) {
+        let subject = "disk_space";
+        let Some(free) = self.survey.free else {
+            // An extension that is not there, or too old, is told of; so is a privilege that is missing.
+            let finding = Finding::unknown(subject, self.name()).found("the extension cannot be asked for it");
+            return out.push(finding.needed("room for the WAL that slots keep: look with df"));
+        };
+        let kept = self.number("max_slot_wal_keep_size").filter(|megabytes| *megabytes >= 0);
+        let needed = kept.map_or(LEAST_FREE, |megabytes| (megabytes.unsigned_abs() << 20).max(LEAST_FREE));
+        let verdict = if free < needed { Verdict::Warning } else { Verdict::Ok };
+        let finding = Finding::new(subject, self.name(), verdict).found(format!("{} free", Size(free)));
+        out.push(finding.needed(format!("{} for WAL that slots keep", Size(needed))));
     }
 
     // ---- settings ----
@@ -481,7 +510,10 @@ impl<'a> This<'a> {
         };
         out.push(match found {
             Some(found) if well => Finding::ok(setting, self.name()).found(found).needed(needed),
-            found => self.set(setting, Verdict::Error, found.map(|found| format!("'{found}'")), &needed, "'*'"),
+            found => {
+                let value = if is_loopback(host) { "'localhost'" } else { "'*'" };
+                self.set(setting, Verdict::Error, found.map(|found| format!("'{found}'")), &needed, value)
+            }
         });
     }
 
@@ -609,14 +641,62 @@ impl<'a> This<'a> {
         if out.len() == before {
             out.push(Finding::ok("pg_hba_line", self.name()).found("nothing too wide").needed("nothing too wide"));
         }
+        self.mappings(out);
+        self.certificates(rules, out);
         self.entrances(rules, out);
         self.entrance_of_agent(rules, out);
     }
 
+    fn mappings(&self, out: &mut Vec<Finding>) {
+        for mapping in self.survey.mappings.iter().flatten() {
+            if let Some(error) = &mapping.error {
+                out.push(
+                    Finding::error("pg_ident_line", self.name())
+                        .about(format!("{} line {}", mapping.file, mapping.line))
+                        .found(error)
+                        .needed("a line that the server understands: until then it keeps what it had read before"),
+                );
+            }
+        }
+    }
+
+    /// A line that wants certificates turns everybody away if there is nothing to verify them with.
+    fn certificates(&self, rules: &[Rule], out: &mut Vec<Finding>) {
+        let Some(rule) = rules.iter().find(|rule| rule.wants_certificate()) else { return };
+        let setting = "ssl_ca_file";
+        let needed = format!("the root of client certificates, for line {} of pg_hba.conf wants them", rule.line);
+        let wanted = self.peers().next().map(|peer| Conninfo::wanted(self.config, self.node, peer));
+        let root =
+            wanted.and_then(|wanted| wanted.get("sslrootcert").filter(|root| root.starts_with('/')).map(str::to_owned));
+        out.push(match (self.setting(setting), root) {
+            (Some(found), _) if !found.is_empty() => Finding::ok(setting, self.name()).found(found).needed(needed),
+            (Some(_), None) => Finding::error(setting, self.name()).found("not set").needed(needed),
+            // What servers are verified with is most likely what their clients are verified with.
+            (found, root) => {
+                let value = literal(&root.unwrap_or_default());
+                self.set(setting, Verdict::Error, found.map(|_| "not set".to_owned()), &needed, &value)
+            }
+        });
+    }
+
     fn locals(&self, rules: &[Rule], out: &mut Vec<Finding>) {
-        let locals =
-            rules.iter().filter(|rule| rule.kind.as_deref() == Some("local") && rule.is_about(&self.config.database));
-        for rule in locals.filter(|rule| !matches!(rule.method.as_deref(), Some("peer" | "reject"))) {
+        let locals = || rules.iter().filter(|rule| rule.kind.as_deref() == Some("local"));
+        let ours = |rule: &&Rule| rule.is_about(&self.config.database);
+        // A line that lets in otherwise is told of below.
+        if locals().filter(ours).all(|rule| rule.guard() == Guard::Shut) {
+            let path = self.setting("hba_file").unwrap_or("pg_hba.conf");
+            out.push(
+                Finding::warning("pg_hba_local", self.name())
+                    .found("nobody gets in through the socket by the operating system's word")
+                    .needed("a line for that, which needs no secret and works when certificates do not")
+                    .rule(path, "local all all peer", None, locals().next().map(|rule| rule.line)),
+            );
+        }
+        // Who gets in elsewhere, as himself, is not this pair's business; who gets in as anybody is.
+        let harms = |rule: &&Rule| matches!(rule.guard(), Guard::Open | Guard::Weak) || ours(rule);
+        for rule in
+            locals().filter(harms).filter(|rule| !matches!(rule.method.as_deref(), None | Some("peer" | "reject")))
+        {
             let subject = "pg_hba_line";
             let finding = if rule.guard() == Guard::Open {
                 Finding::error(subject, self.name())
@@ -638,7 +718,13 @@ impl<'a> This<'a> {
 
     fn networks(&self, rules: &[Rule], out: &mut Vec<Finding>) {
         for rule in rules.iter().filter(|rule| rule.kind.as_deref().is_some_and(|kind| kind != "local")) {
-            let everybody = rule.is_for_everybody() && rule.is_for_everywhere();
+            let (databases, roles) = (rule.is_for_all_databases(), rule.is_for_all_roles());
+            let everybody = (databases || roles) && rule.is_for_everywhere();
+            let wide = match (databases, roles) {
+                (true, true) => "the databases and roles that are meant: this is about all, from everywhere",
+                (true, false) => "the databases that are meant: this is about all, from everywhere",
+                _ => "the roles that are meant, the application's too: this is about all, from everywhere",
+            };
             let (verdict, needed) = match rule.guard() {
                 Guard::Shut => continue,
                 Guard::Open => (Verdict::Error, "cert, or scram-sha-256, over hostssl: this lets in whoever says so"),
@@ -646,9 +732,7 @@ impl<'a> This<'a> {
                 Guard::Strong if rule.may_be_plain() && !rule.is_for_this_host() => {
                     (Verdict::Warning, "hostssl: this lets connections in that are not encrypted")
                 }
-                Guard::Strong if everybody => {
-                    (Verdict::Warning, "the databases and roles that are meant: this is about all, from everywhere")
-                }
+                Guard::Strong if everybody => (Verdict::Warning, wide),
                 Guard::Strong => continue,
             };
             let mut line = rule.clone();
@@ -663,8 +747,11 @@ impl<'a> This<'a> {
             if rule.may_be_plain() && !rule.is_for_this_host() {
                 line.kind = Some("hostssl".into());
             }
-            if everybody {
+            if everybody && databases {
                 line.databases = Some(vec![self.config.database.clone()]);
+            }
+            if everybody && roles {
+                line.users = Some(vec![self.config.user.clone(), self.config.replication.user.clone()]);
             }
             out.push(finding.rule(&rule.file, line.to_string(), Some(rule.line), None).person());
         }
@@ -701,7 +788,7 @@ impl<'a> This<'a> {
             let findings = addresses.into_iter().map(|address| {
                 let database = &self.config.database;
                 let caller = Caller { database, user: role, groups, address: Some(address), names: &names, tls: true };
-                self.entrance(subject, rules, &caller, &line)
+                self.entrance(subject, rules, &caller, &line, &peer.host)
             });
             let worst = findings.max_by_key(|finding| finding.verdict);
             out.extend(worst.map(|finding| finding.peer(&peer.name).needed(needed)));
@@ -714,6 +801,12 @@ impl<'a> This<'a> {
         let nobody = BTreeSet::new();
         let groups = self.survey.roles.get(role).map_or(&nobody, |role| &role.groups);
         let address = self.survey.about.client.as_deref().and_then(|address| address.parse().ok());
+        if address.is_none() && !self.node.is_local() {
+            let finding = Finding::unknown("pg_hba_agent", self.name());
+            let needed = "a look without --via, or with a forwarded port; `init` tries it at its end";
+            return out
+                .push(finding.found("through the socket it is not seen where the agent comes from").needed(needed));
+        }
         let tls = self.survey.about.client_tls == Some(true);
         let caller = Caller { database: &self.config.database, user: role, groups, address, names: &[], tls };
         let (database, role) = (hba::name(&self.config.database), hba::name(role));
@@ -722,15 +815,23 @@ impl<'a> This<'a> {
             (Some(_), Some(_)) => format!("hostssl {database} {role} all cert"),
             (Some(_), None) => format!("hostssl {database} {role} all scram-sha-256"),
         };
-        out.push(self.entrance("pg_hba_agent", rules, &caller, &line).needed(&line));
+        out.push(self.entrance("pg_hba_agent", rules, &caller, &line, &self.node.host).needed(&line));
     }
 
-    /// Whether somebody gets in, and by which line. How well that line guards is told of the line.
-    fn entrance(&self, subject: &'static str, rules: &[Rule], caller: &Caller<'_>, line: &str) -> Finding {
+    /// Whether somebody gets in, and by which line. How well that line guards is told of the line. `certified`: what his
+    /// certificate is likely to call him.
+    fn entrance(
+        &self,
+        subject: &'static str,
+        rules: &[Rule],
+        caller: &Caller<'_>,
+        line: &str,
+        certified: &str,
+    ) -> Finding {
         let place = |rule: &Rule| format!("line {}: {rule}", rule.line);
         let whence = caller.address.map_or_else(|| "the socket".to_owned(), |address| address.to_string());
         match Rule::deciding(rules, caller) {
-            Some(rule) if rule.guard() != Guard::Shut => Finding::ok(subject, self.name()).found(place(rule)),
+            Some(rule) if rule.guard() != Guard::Shut => self.mapped(subject, rule, caller, certified),
             Some(rule) => Finding::error(subject, self.name())
                 .found(format!("{} from {whence} is turned away by {}", caller.user, place(rule)))
                 .rule(&rule.file, line, None, Some(rule.line)),
@@ -738,6 +839,29 @@ impl<'a> This<'a> {
                 .found(format!("no line lets {} in from {whence}", caller.user))
                 .rule(self.setting("hba_file").unwrap_or("pg_hba.conf"), line, None, None),
         }
+    }
+
+    /// Whether the map of a line, if it has one, leads to the role.
+    fn mapped(&self, subject: &'static str, rule: &Rule, caller: &Caller<'_>, certified: &str) -> Finding {
+        let found = format!("line {}: {rule}", rule.line);
+        let Some(map) = rule.map() else { return Finding::ok(subject, self.name()).found(found) };
+        let Some(mappings) = &self.survey.mappings else {
+            return Finding::unknown(subject, self.name())
+                .found(format!("{found}; the agent's role may not look at pg_ident.conf"))
+                .sql(format!(
+                    "grant execute on function pg_catalog.pg_ident_file_mappings() to {}",
+                    name(&self.config.user)
+                ));
+        };
+        if mappings.iter().any(|mapping| mapping.leads_to(map, caller.user, caller.groups)) {
+            return Finding::ok(subject, self.name()).found(found);
+        }
+        let path = self.setting("ident_file").unwrap_or("pg_ident.conf");
+        let entry = format!("{map} {} {}", hba::name(certified), hba::name(caller.user));
+        Finding::error(subject, self.name())
+            .found(format!("{found}; and no line of pg_ident.conf maps anybody to {}", caller.user))
+            .rule(path, entry, None, None)
+            .person()
     }
 
     /// The addresses that a node is likely to come from: those at which it answers, or, if there is none, all of its name.
@@ -1112,7 +1236,7 @@ impl<'a> This<'a> {
                         .peer(peer)
                         .about(table)
                         .found(some(&differences.iter().map(String::as_str).collect::<Vec<_>>()))
-                        .needed("the same columns on all nodes"),
+                        .needed("the same columns, keys and replica identity on all nodes"),
                 );
             }
         }
@@ -1514,6 +1638,7 @@ fn differences(own: &Table, other: &Table, here: &str, there: &str) -> (bool, Ve
         match (find(own, column), find(other, column)) {
             (Some(own), Some(other)) => {
                 if own.kind != other.kind {
+                    harmful = true;
                     all.push(format!("{column} is {} on {here}, {} on {there}", own.kind, other.kind));
                 }
                 for (what, own, other) in [
@@ -1531,6 +1656,32 @@ fn differences(own: &Table, other: &Table, here: &str, there: &str) -> (bool, Ve
                 all.push(format!("{column} is on {} only", if own.is_some() { here } else { there }));
             }
         }
+    }
+    let rules = |table: &Table| table.keys.iter().map(|key| key.rule.clone()).collect::<BTreeSet<_>>();
+    let (ours, theirs) = (rules(own), rules(other));
+    for (only, node) in [(ours.difference(&theirs), here), (theirs.difference(&ours), there)] {
+        for rule in only {
+            // What one node takes, the other refuses.
+            harmful = true;
+            all.push(format!("unique ({rule}) is on {node} only"));
+        }
+    }
+    for key in &own.keys {
+        let twin = other.keys.iter().find(|twin| twin.rule == key.rule);
+        if let Some(twin) = twin.filter(|twin| twin.deferrable != key.deferrable) {
+            let node = if twin.deferrable { there } else { here };
+            all.push(format!("unique ({}) is deferrable on {node} only", key.rule));
+        }
+    }
+    let identity = |table: &Table| match table.identity_columns.as_slice() {
+        [] => table.identity.clone(),
+        columns => format!("({})", columns.join(", ")),
+    };
+    let (ours, theirs) = (identity(own), identity(other));
+    if ours != theirs {
+        // A node finds the rows of the other by its own identity, if what comes has those columns; FULL has all.
+        harmful |= ours != "full" && theirs != "full";
+        all.push(format!("replica identity is {ours} on {here}, {theirs} on {there}"));
     }
     if own.partitioned != other.partitioned {
         all.push(format!("partitioned on {} only", if own.partitioned { here } else { there }));
@@ -1602,6 +1753,7 @@ mod tests {
     use super::*;
     use crate::clock::Clock;
     use crate::config::Environment;
+    use crate::hba::Mapping;
     use crate::hba::tests::rule;
     use crate::survey::{About, Identity, Publication, Role, Setting, Slot};
 
@@ -1630,17 +1782,24 @@ mod tests {
     }
 
     fn table(name: &str) -> Table {
-        let key = Key { name: "t_pkey".into(), primary: true, fit: true, columns: vec!["id".into()], ..Key::default() };
+        let (name_of, rule) = ("t_pkey".to_owned(), "id".to_owned());
+        let key = Key { name: name_of, primary: true, fit: true, columns: vec!["id".into()], rule, ..Key::default() };
         let id = Column { name: "id".into(), kind: "uuid".into(), not_null: true, ..Column::default() };
         Table {
             name: name.into(),
             readable: Some(true),
             identity: "default".into(),
             has_identity: true,
+            identity_columns: vec!["id".into()],
             keys: vec![key],
             columns: vec![id],
             ..Table::default()
         }
+    }
+
+    fn mapping(map: &str, role: &str) -> Mapping {
+        let some = |text: &str| Some(text.to_owned());
+        Mapping { map: some(map), user: some("x.example.net"), role: some(role), ..Mapping::default() }
     }
 
     /// A node of [`config`] that is as it should be.
@@ -1660,6 +1819,8 @@ mod tests {
             ("max_slot_wal_keep_size", "1024"),
             ("stillebot.node", name),
             ("hba_file", "/hba"),
+            ("ident_file", "/ident"),
+            ("ssl_ca_file", "/r"),
         ];
         let setting = |(name, value): (&str, &str)| {
             let restart = name.starts_with("max_w") || name == "wal_level" || name.ends_with("libraries");
@@ -1692,7 +1853,9 @@ mod tests {
             settings: settings.into_iter().map(setting).collect(),
             roles: BTreeMap::from([role("replicator", true), role("agent", false)]),
             rules: Some(vec![rule("local all all peer"), rule("hostssl app replicator,agent all cert map=m")]),
+            mappings: Some(["replicator", "agent"].map(|role| mapping("m", role)).to_vec()),
             tables: vec![table("app.t")],
+            free: Some(1 << 40),
             publications: vec![all("multihome")],
             subscriptions: vec![Subscription {
                 name: "multihome".into(),
@@ -1859,11 +2022,89 @@ mod tests {
             []
         );
         assert_eq!(one(|a| a.slots[0].reader = None).0, "a unknown pg_hba_replication");
-        let (line, remedy) = one(|a| a.rules = Some(vec![rule("hostssl app replicator all cert")]));
+        let rules = || Some(vec![rule("local all all peer"), rule("hostssl app replicator all cert")]);
+        let (line, remedy) = one(|a| a.rules = rules());
         assert_eq!(
             (line.as_str(), remedy[0].as_str()),
             ("a error pg_hba_agent", "hostssl app agent all scram-sha-256")
         );
+    }
+
+    #[test]
+    fn a_line_with_a_map_needs_a_line_of_the_map() {
+        let (line, remedy) = one(|a| a.mappings = Some(vec![mapping("m", "agent"), mapping("n", "replicator")]));
+        assert_eq!(line, "a error pg_hba_replication");
+        assert_eq!(remedy, ["m b.example.net replicator", RELOAD]);
+        let found = after(|a| a.mappings = None);
+        assert_eq!(found.iter().map(|finding| finding.verdict).collect::<Vec<_>>(), [Verdict::Unknown; 2]);
+        assert!(found.iter().all(|finding| finding.mends == Some(Mends::Sql)), "{found:#?}");
+        // Without map= the name is the role.
+        let plain = |a: &mut Survey| {
+            a.mappings = Some(Vec::new());
+            a.rules = Some(vec![rule("local all all peer"), rule("hostssl app replicator,agent all cert")]);
+        };
+        assert_eq!(after(plain), []);
+        let broken = Mapping { line: 7, error: Some("no".into()), ..Mapping::default() };
+        assert_eq!(one(|a| a.mappings.as_mut().unwrap().push(broken.clone())).0, "a error pg_ident_line");
+    }
+
+    #[test]
+    fn certificates_need_a_root_to_be_verified_with() {
+        let (line, remedy) = one(|a| set(a, "ssl_ca_file", ""));
+        assert_eq!(line, "a error ssl_ca_file");
+        assert_eq!(remedy, ["alter system set ssl_ca_file = '/r'", RELOAD]);
+        assert_eq!(one(|a| drop(a.settings.remove("ssl_ca_file"))).0, "a unknown ssl_ca_file");
+        let by_password = |a: &mut Survey| {
+            set(a, "ssl_ca_file", "");
+            a.rules = Some(vec![rule("local all all peer"), rule("hostssl app replicator,agent all scram-sha-256")]);
+        };
+        assert_eq!(after(by_password), []);
+    }
+
+    #[test]
+    fn lines_that_let_in_too_many_are_told_of_whatever_they_are_about() {
+        let with = |text: &str| after(|a| a.rules.as_mut().unwrap().push(rule(text)));
+        let lines =
+            |text: &str| with(text).iter().map(|f| format!("{} {}", f.verdict.word(), f.subject)).collect::<Vec<_>>();
+        assert_eq!(lines("local replication all trust"), ["error pg_hba_line"]);
+        assert_eq!(lines("local other all md5"), ["warning pg_hba_line"]);
+        assert_eq!(lines("local other all scram-sha-256"), [""; 0]);
+        assert_eq!(lines("local app all scram-sha-256"), ["warning pg_hba_line"]);
+        assert_eq!(lines("hostssl app all all cert"), ["warning pg_hba_line"]);
+        assert_eq!(lines("hostssl all rosuav 0.0.0.0/0.0.0.0 cert"), ["warning pg_hba_line"]);
+        assert_eq!(lines("hostssl all all 192.0.2.0/255.255.255.0 cert"), [""; 0]);
+        let found = with("hostssl all all all cert");
+        let Remedy::File { line, .. } = &found[0].remedy[0] else { panic!("{found:#?}") };
+        assert_eq!(line, "hostssl app agent,replicator all cert");
+        let (line, remedy) = one(|a| drop(a.rules.as_mut().unwrap().remove(0)));
+        assert_eq!((line.as_str(), remedy[0].as_str()), ("a warning pg_hba_local", "local all all peer"));
+    }
+
+    #[test]
+    fn keys_and_replica_identities_are_compared() {
+        let told = |change: fn(&mut Table)| {
+            let found = after(|a| change(&mut a.tables[0]));
+            assert_eq!(found.len(), 1, "{found:#?}");
+            (found[0].verdict, found[0].found.clone())
+        };
+        assert_eq!(
+            told(|t| t.keys.push(Key { rule: "lower(name) where active".into(), ..Key::default() })),
+            (Verdict::Error, "unique (lower(name) where active) is on a only".into())
+        );
+        assert_eq!(
+            told(|t| t.keys[0].deferrable = true),
+            (Verdict::Warning, "unique (id) is deferrable on a only".into())
+        );
+        assert_eq!(
+            told(|t| t.identity_columns = vec!["other".into()]),
+            (Verdict::Error, "replica identity is (other) on a, (id) on b".into())
+        );
+        assert_eq!(
+            told(|t| (t.identity, t.identity_columns) = ("full".into(), Vec::new())),
+            (Verdict::Warning, "replica identity is full on a, (id) on b".into())
+        );
+        let bigint = told(|t| t.columns[0].kind = "bigint".into());
+        assert_eq!(bigint, (Verdict::Error, "id is bigint on a, uuid on b".into()));
     }
 
     #[test]

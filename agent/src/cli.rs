@@ -46,11 +46,10 @@ pub enum Command {
         watch: Option<f64>,
     },
     /// Looks at everything that must be true of the nodes, and says what is not, and the statement or line that mends it.
-    Check {
-        /// Show what is as it should be, too.
-        #[arg(long)]
-        verbose: bool,
-    },
+    ///
+    /// Looks as the agent; before `init` has made that role, as a superuser: --admin postgres, or --via.
+    #[command(after_help = CHECK_HELP)]
+    Check(Check),
     /// Makes the nodes replicate to each other: roles, extension, publication, identity, subscriptions, the first copy.
     ///
     /// Shows every statement first, and what is there already stays. Run again, it goes on where it was stopped.
@@ -61,8 +60,9 @@ pub enum Command {
     Deinit(Deinit),
     /// Changes how a node is reached by the others' subscriptions, or the files that its own connect with.
     ///
-    /// Tests first that it is that node which answers there, and waits until each subscription is connected again; otherwise the
-    /// old is put back. Without an option: as agent.toml has it, in both directions. Works while down, too.
+    /// Tests first, from this host and as the agent, that it is that node which answers there; then the server tries it from its
+    /// own host, for 5 s. Waits until each subscription is connected again; otherwise the old is put back. Without an option: as
+    /// agent.toml has it, in both directions. Works while down, too.
     #[command(after_help = ADMIN_HELP)]
     SetConnection(SetConnection),
     /// Takes a node down: it refuses writes from then on, through restarts, until somebody says up.
@@ -350,7 +350,7 @@ impl Command {
     pub fn verb(&self) -> &'static str {
         match self {
             Self::Status { .. } => "status",
-            Self::Check { .. } => "check",
+            Self::Check(_) => "check",
             Self::Init(_) => "init",
             Self::Deinit(_) => "deinit",
             Self::SetConnection(_) => "set-connection",
@@ -382,12 +382,26 @@ pg_hba.conf lets that role in through the socket only: run as the system's user 
 the node of this host, and for another one a port that is forwarded (ssh -L 6543:/run/postgresql/.s.PGSQL.5432 other.host), \
 or its socket (ssh -L /tmp/other/.s.PGSQL.5432:/run/postgresql/.s.PGSQL.5432 other.host, and --via other=/tmp/other).";
 
+const CHECK_HELP: &str = "Exit code 1 if anything is an error, 69 if a node cannot be asked; warnings, and what could not be looked at \
+(unknown), are 0. With any of --admin, --admin-cert and --via it looks as a superuser, in the way `init --help` describes.";
+
+/// Options of `check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// Show what is as it should be, too.
+    #[arg(long)]
+    pub verbose: bool,
+    /// As whom it looks, if not as the agent.
+    #[command(flatten)]
+    pub admin: Admin,
+}
+
 /// Who set-up connects as, and how.
 #[derive(Debug, Args)]
 pub struct Admin {
-    /// The superuser.
-    #[arg(long, value_name = "ROLE", default_value = "postgres")]
-    pub admin: String,
+    /// The superuser: postgres, unless another one is named.
+    #[arg(long, value_name = "ROLE")]
+    pub admin: Option<String>,
     /// Its certificate, instead of [tls] cert.
     #[arg(long, value_name = "FILE", requires = "admin_key")]
     pub admin_cert: Option<PathBuf>,
@@ -398,6 +412,18 @@ pub struct Admin {
     /// May be given for each node.
     #[arg(long, value_name = "NODE=PLACE")]
     pub via: Vec<Via>,
+}
+
+impl Admin {
+    /// Whether anything of it was said.
+    pub fn is_given(&self) -> bool {
+        self.admin.is_some() || self.admin_cert.is_some() || !self.via.is_empty()
+    }
+
+    /// The superuser's name.
+    pub fn role(&self) -> &str {
+        self.admin.as_deref().unwrap_or("postgres")
+    }
 }
 
 /// Another way to a node.

@@ -35,6 +35,35 @@ pub struct Rule {
     pub error: Option<String>,
 }
 
+/// A line of pg_ident.conf.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+pub struct Mapping {
+    /// The file.
+    pub file: String,
+    /// The line in it.
+    pub line: i32,
+    /// Which map it is part of; this and the rest are missing in a line that is not understood.
+    pub map: Option<String>,
+    /// Who comes: a name, or `/` and a regular expression.
+    pub user: Option<String>,
+    /// As whom he may: a name, `all`, `+group`, a regular expression, or one with a part of the other in it.
+    pub role: Option<String>,
+    /// What is wrong with the line.
+    pub error: Option<String>,
+}
+
+impl Mapping {
+    /// Whether somebody becomes this role by it.
+    pub fn leads_to(&self, map: &str, role: &str, groups: &BTreeSet<String>) -> bool {
+        let by_part = self.user.as_deref().is_some_and(|user| user.starts_with('/'));
+        self.map.as_deref() == Some(map)
+            && self.role.as_deref().is_some_and(|text| match text.strip_prefix('+') {
+                Some(group) => groups.contains(group),
+                None => text == "all" || text == role || text.starts_with('/') || (by_part && text.contains("\\1")),
+            })
+    }
+}
+
 /// Who comes.
 #[derive(Debug, Clone, Copy)]
 pub struct Caller<'a> {
@@ -145,10 +174,24 @@ impl Rule {
         }
     }
 
-    /// Every role gets into every database by it.
-    pub fn is_for_everybody(&self) -> bool {
-        let all = |list: &Option<Vec<String>>| list.iter().flatten().any(|text| text == "all");
-        all(&self.databases) && all(&self.users)
+    /// It is about all databases.
+    pub fn is_for_all_databases(&self) -> bool {
+        self.databases.iter().flatten().any(|text| text == "all")
+    }
+
+    /// It is about all roles.
+    pub fn is_for_all_roles(&self) -> bool {
+        self.users.iter().flatten().any(|text| text == "all")
+    }
+
+    /// Who comes has to show a certificate, which the server verifies.
+    pub fn wants_certificate(&self) -> bool {
+        self.method.as_deref() == Some("cert") || self.options.iter().any(|option| option.starts_with("clientcert="))
+    }
+
+    /// The map that says which roles a name may take.
+    pub fn map(&self) -> Option<&str> {
+        self.options.iter().find_map(|option| option.strip_prefix("map="))
     }
 
     /// Through the network without encryption.
@@ -295,12 +338,31 @@ pub mod tests {
         assert!(rule("host all all 0.0.0.0/0.0.0.0 md5").is_for_everywhere());
         assert!(rule("host all all ::/:: md5").is_for_everywhere());
         assert!(!rule("host all all samenet md5").is_for_everywhere());
-        assert!(rule("hostssl all all all cert").is_for_everybody());
-        assert!(!rule("hostssl app all all cert").is_for_everybody());
+        assert!(rule("hostssl all app all cert").is_for_all_databases());
+        assert!(!rule("hostssl app,other all all cert").is_for_all_databases());
+        assert!(rule("hostssl app all all cert").is_for_all_roles());
+        assert!(!rule("hostssl all app all cert").is_for_all_roles());
         assert_eq!(rule("host all all all trust").guard(), Guard::Open);
         assert_eq!(rule("hostssl all all all trust clientcert=verify-full").guard(), Guard::Strong);
         assert_eq!(rule("hostssl all all all trust clientcert=verify-ca").guard(), Guard::Open);
         assert_eq!(rule("host all all all reject").guard(), Guard::Shut);
+    }
+
+    #[test]
+    fn a_map_leads_to_a_role_by_name_group_or_pattern() {
+        let groups = BTreeSet::from(["replicator".to_owned(), "readers".to_owned()]);
+        let leads = |map: &str, user: &str, role: &str| {
+            let some = |text: &str| Some(text.to_owned());
+            let mapping = Mapping { map: some(map), user: some(user), role: some(role), ..Mapping::default() };
+            mapping.leads_to("m", "replicator", &groups)
+        };
+        for role in ["replicator", "all", "+readers", "/^rep"] {
+            assert!(leads("m", "gideon.example.net", role), "{role}");
+            assert!(!leads("other", "gideon.example.net", role), "{role}");
+        }
+        assert!(leads("m", "/^(.*)[.]example[.]net$", "\\1") && !leads("m", "gideon", "\\1"));
+        assert!(!leads("m", "replicator", "agent") && !leads("m", "replicator", "+writers"));
+        assert!(!Mapping::default().leads_to("m", "replicator", &groups));
     }
 
     #[test]

@@ -217,19 +217,36 @@ impl Action {
             }
             Self::Copy => "wait for the initial copies".into(),
             Self::Open => "select stillebot_up();".into(),
-            Self::Prove => "write a row here and have every other node answer it".into(),
+            Self::Prove => {
+                "write a row here, and when it has come to every other node one there that comes back".into()
+            }
         }
     }
 }
 
+/// Whether `init` mends it.
+fn by_init(finding: &Finding) -> bool {
+    MENDED.contains(&finding.subject)
+        || (finding.mends == Some(Mends::Sql)
+            && (BEFORE.contains(&finding.subject) || OF_SUBSCRIPTIONS.contains(&finding.subject)))
+}
+
+/// What `init` leaves as it is and does not refuse, and what will be regretted: of slots that the plan deals with, and of keys that
+/// get strides, it is told elsewhere.
+pub fn concerns(findings: &[Finding], plan: &Plan) -> Vec<Finding> {
+    let dealt_with = |finding: &Finding| {
+        finding.subject == "sequence_key"
+            || plan.steps.iter().any(|step| match &step.action {
+                Action::DropSlot { slot } | Action::StopMaking { slot } => finding.about.as_ref() == Some(slot),
+                _ => false,
+            })
+    };
+    findings.iter().filter(|f| f.verdict >= Verdict::Warning && !by_init(f) && !dealt_with(f)).cloned().collect()
+}
+
 /// What no statement of `init` mends.
 pub fn preconditions(findings: &[Finding]) -> Result<(), Refusal> {
-    let by_init = |finding: &Finding| {
-        MENDED.contains(&finding.subject)
-            || SEEN_FROM_HERE.contains(&finding.subject)
-            || (finding.mends == Some(Mends::Sql)
-                && (BEFORE.contains(&finding.subject) || OF_SUBSCRIPTIONS.contains(&finding.subject)))
-    };
+    let harmless = |finding: &Finding| by_init(finding) || SEEN_FROM_HERE.contains(&finding.subject);
     // A node that has another name than the configuration gives it is most likely another node.
     let swapped = |finding: &Finding| {
         (finding.subject == "stillebot.node" && finding.verdict > Verdict::Ok && finding.found != "not set")
@@ -237,24 +254,22 @@ pub fn preconditions(findings: &[Finding]) -> Result<(), Refusal> {
     };
     let wrong: Vec<&Finding> = findings
         .iter()
-        .filter(|finding| (finding.verdict == Verdict::Error && !by_init(finding)) || swapped(finding))
+        .filter(|finding| (finding.verdict == Verdict::Error && !harmless(finding)) || swapped(finding))
         .collect();
     if wrong.is_empty() {
         return Ok(());
     }
     let mut detail = String::new();
     for finding in &wrong {
-        let about = finding.about.iter().chain(&finding.peer).fold(String::new(), |all, one| all + " " + one);
-        let _ = writeln!(
-            detail,
-            "{}: {}{about}: {}; needed: {}",
-            finding.node, finding.subject, finding.found, finding.needed
-        );
+        let _ = writeln!(detail, "{}: {}", finding.node, finding.title());
+        for line in finding.mending() {
+            let _ = writeln!(detail, "  {line}");
+        }
     }
     let things = if wrong.len() == 1 { "one thing is".into() } else { format!("{} things are", wrong.len()) };
     Err(Refusal::new(
         format!("{things} in the way that init does not mend"),
-        "`stillebot-agent check` says how to mend each; then run init again",
+        "do what is said to mend it, and run init again; `stillebot-agent check --admin ROLE` shows everything there is",
     )
     .detail(detail.trim_end()))
 }
@@ -295,6 +310,14 @@ pub fn plan(
         }
     }
     if data.compare {
+        for node in planner.names() {
+            let peers = planner.names().filter(|peer| names.contains_key(&(node, *peer))).map(str::to_owned);
+            let peers: Vec<String> = peers.collect();
+            if !peers.is_empty() {
+                let why = "what is under way among those that replicate already is no difference";
+                steps.push(step(node, Action::Gather { peers }, why));
+            }
+        }
         let why = "nothing is copied, so the rows have to be the same already";
         steps.push(step(&config.nodes[0].name, Action::Compare, why));
     }

@@ -3,14 +3,11 @@
 //! [`look`] asks; deliberately judges nothing, and keeps nothing from one look to the next. Positions are bytes of WAL.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
 use tokio_postgres::types::PgLsn;
 
-use crate::config::Node;
 use crate::node::{NodeError, Session, Trouble};
 use crate::sql;
 
@@ -23,7 +20,7 @@ pub struct Sight {
     pub segment: u64,
     /// How long its apply workers wait before they try again.
     pub retry: Duration,
-    /// Free bytes of the file system that holds its WAL; known only on this very host.
+    /// Free bytes of the file system that holds its WAL; none from an extension that cannot tell.
     pub free: Option<u64>,
     /// The subscriptions of the database.
     pub subscriptions: Vec<Subscription>,
@@ -158,7 +155,6 @@ pub struct Conflict {
 /// Asks one node. `status_refused` remembers that the extension's own report fails there, so that it is asked once only.
 pub async fn look(
     session: &Session,
-    node: &Node,
     publication: &str,
     status_refused: &mut bool,
     bound: Duration,
@@ -215,12 +211,15 @@ pub async fn look(
         written: position(about.get("written")).unwrap_or_default(),
         segment: about.get::<_, i64>("segment").unsigned_abs(),
         retry: Duration::try_from_secs_f64(about.get("retry")).unwrap_or_default(),
-        free: about.get::<_, Option<String>>("data_directory").and_then(|data| free_space(node, Path::new(&data))),
         subscriptions: subscriptions.collect(),
         slots: slots.collect(),
         waits: waits.collect(),
         ..Sight::default()
     };
+    if about.get("measures") {
+        let free: Option<i64> = session.row(sql::FREE_SPACE, &[], bound).await?.get("free");
+        sight.free = free.map(i64::unsigned_abs);
+    }
     let tables = session.rows(sql::TABLES, &[&publication], bound).await?;
     sight.tables = tables.iter().map(|row| (row.get("name"), row.get("subscriptions"))).collect();
     if about.get("records") {
@@ -250,22 +249,4 @@ pub async fn look(
         }
     }
     Ok(sight)
-}
-
-/// Free space where the WAL of a node is. Only if the node is reached through a socket and its data directory, as found
-/// here, belongs to whom the socket belongs to: then it is the same one, and not a namesake in another container.
-pub fn free_space(node: &Node, data_directory: &Path) -> Option<u64> {
-    if !node.is_local() {
-        return None;
-    }
-    let socket = Path::new(&node.host).join(format!(".s.PGSQL.{}", node.port));
-    let owner = |path: &Path| std::fs::metadata(path).ok().map(|metadata| metadata.uid());
-    if owner(data_directory)? != owner(&socket)? {
-        return None;
-    }
-    // The WAL may be on a disk of its own; whether it is can be seen only by who may enter the data directory.
-    let volume = nix::sys::statvfs::statvfs(&data_directory.join("pg_wal"))
-        .or_else(|_| nix::sys::statvfs::statvfs(data_directory))
-        .ok()?;
-    Some(volume.blocks_available() as u64 * volume.fragment_size() as u64)
 }

@@ -41,6 +41,7 @@ queries! {
     EVEN = "even.sql";
     FILE_MISSING = "file_missing.sql";
     FLUSHED = "flushed.sql";
+    FREE_SPACE = "free_space.sql";
     GRANTS = "grants.sql";
     HOP_CLOSE = "hop_close.sql";
     IDENTITY = "identity.sql";
@@ -85,6 +86,7 @@ queries! {
     SURVEY_CONNECTIONS = "survey_connections.sql";
     SURVEY_GRANTS = "survey_grants.sql";
     SURVEY_IDENTITY = "survey_identity.sql";
+    SURVEY_MAPPINGS = "survey_mappings.sql";
     SURVEY_NODE = "survey_node.sql";
     SURVEY_PUBLICATIONS = "survey_publications.sql";
     SURVEY_ROLES = "survey_roles.sql";

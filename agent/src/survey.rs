@@ -3,7 +3,6 @@
 //! [`take`] asks; deliberately judges nothing. What may be asked depends on the role, so what could not be asked is None.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -12,9 +11,9 @@ use serde::de::DeserializeOwned;
 use crate::clock::Clock;
 use crate::config::{Config, Node};
 use crate::grants::{self, Grant};
-use crate::hba::Rule;
+use crate::hba::{Mapping, Rule};
 use crate::node::{NodeError, Params, Session, Trouble};
-use crate::{sight, sql};
+use crate::sql;
 
 /// The least version of PostgreSQL: from it on subscriptions know `origin`. An older one is asked for its version only.
 pub const LEAST_VERSION: i32 = 16_00_00;
@@ -24,6 +23,7 @@ pub const SETTINGS: &[&str] = &[
     "config_file",
     "data_directory",
     "hba_file",
+    "ident_file",
     "listen_addresses",
     "max_active_replication_origins",
     "max_logical_replication_workers",
@@ -35,6 +35,7 @@ pub const SETTINGS: &[&str] = &[
     "max_worker_processes",
     "shared_preload_libraries",
     "ssl",
+    "ssl_ca_file",
     "stillebot.node",
     "track_commit_timestamp",
     "wal_level",
@@ -54,6 +55,8 @@ pub struct Survey {
     pub missing_grants: Vec<(Grant, bool)>,
     /// pg_hba.conf, in order.
     pub rules: Option<Vec<Rule>>,
+    /// pg_ident.conf, in order.
+    pub mappings: Option<Vec<Mapping>>,
     /// All tables but the extension's, partitions included.
     pub tables: Vec<Table>,
     /// The publications of the database.
@@ -68,7 +71,7 @@ pub struct Survey {
     pub identity: Option<Identity>,
     /// Its clock.
     pub clock: Option<Clock>,
-    /// Free bytes where its WAL is; known only on this very host.
+    /// Free bytes where its WAL is.
     pub free: Option<u64>,
 }
 
@@ -107,6 +110,10 @@ pub struct About {
     pub extension_available: Option<String>,
     /// This role may see pg_hba.conf.
     pub may_see_rules: bool,
+    /// This role may see pg_ident.conf.
+    pub may_see_mappings: bool,
+    /// This role may ask for the free space.
+    pub may_see_space: bool,
     /// This role may see what subscriptions connect with.
     pub may_see_connections: bool,
     /// The extension can say who the node is.
@@ -134,6 +141,8 @@ pub struct Setting {
     pub value: String,
     /// It was given on the server's command line, which wins over every file.
     pub on_command_line: bool,
+    /// It was given by ALTER SYSTEM.
+    pub altered: bool,
     /// It changes with a restart only.
     pub restart: bool,
     /// A change waits for that.
@@ -176,6 +185,8 @@ pub struct Table {
     pub identity: String,
     /// Updates and deletes can be published.
     pub has_identity: bool,
+    /// The columns by which they name a row, if that is an index.
+    pub identity_columns: Vec<String>,
     /// Its unique indexes, the primary key first.
     pub keys: Vec<Key>,
     /// Its columns in order.
@@ -197,6 +208,8 @@ pub struct Key {
     pub fit: bool,
     /// Its columns.
     pub columns: Vec<String>,
+    /// What may be there once only: columns and expressions, NULLS NOT DISTINCT, the rows that it is about.
+    pub rule: String,
 }
 
 /// A column.
@@ -330,11 +343,18 @@ pub async fn take(session: &Session, config: &Config, node: &Node, bound: Durati
             Some(rows.iter().map(|row| (row.get("subscription"), row.get("conninfo"))).collect())
         }
     };
-    let data_directory = settings.get("data_directory").map(|found| found.value.as_str());
+    let free = match about.may_see_space {
+        false => None,
+        true => session.row(sql::FREE_SPACE, &[], bound).await?.get::<_, Option<i64>>("free").map(i64::unsigned_abs),
+    };
     Ok(Survey {
         roles: roles.into_iter().map(|role| (role.name.clone(), role)).collect(),
         missing_grants: missing_grants(session, config, bound).await?,
         rules: if about.may_see_rules { Some(read(session, sql::SURVEY_RULES, &[], bound).await?) } else { None },
+        mappings: match about.may_see_mappings {
+            false => None,
+            true => Some(read(session, sql::SURVEY_MAPPINGS, &[], bound).await?),
+        },
         tables: read(session, sql::SURVEY_TABLES, &[&config.replication.user], bound).await?,
         publications: read(session, sql::SURVEY_PUBLICATIONS, &[], bound).await?,
         subscriptions: read(session, sql::SURVEY_SUBSCRIPTIONS, &[], bound).await?,
@@ -342,7 +362,7 @@ pub async fn take(session: &Session, config: &Config, node: &Node, bound: Durati
         slots: read(session, sql::SURVEY_SLOTS, &[], bound).await?,
         identity: identity(session, &about, bound).await?,
         clock: Some(Clock::measure(session, bound).await?),
-        free: data_directory.and_then(|data| sight::free_space(node, Path::new(data))),
+        free,
         about,
         settings,
     })

@@ -367,6 +367,17 @@ pub fn flush_applied() {
     }
 }
 
+/// How far this apply worker's subscription has its publisher's transactions; 0 if nothing is known. Raises nothing.
+pub fn applied_up_to() -> u64 {
+    // SAFETY: as above.
+    unsafe {
+        if pg_sys::replorigin_session_origin == pg_sys::InvalidRepOriginId as pg_sys::RepOriginId {
+            return 0; // It copies a table, or has never got that far.
+        }
+        replorigin_session_get_progress(false)
+    }
+}
+
 /// Notes that this apply worker has got past a remote transaction that left no commit here. Not in a hook: takes an LWLock.
 pub fn advance_origin(end_lsn: u64) {
     // SAFETY: an origin that is set is one that the worker has set up, before it started streaming. As at a commit, but for

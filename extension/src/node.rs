@@ -189,8 +189,34 @@ fn multihome_forget_identity() {
     local::finish();
 }
 
+/// Free bytes where the WAL is, which may be a file system of its own; null if that cannot be asked.
+#[pg_extern(sql = false)]
+fn multihome_free_space() -> Option<i64> {
+    let mut volume = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: a C string, and room for what comes; every process of the server is in the data directory. What is read was
+    // written, for the call says so.
+    let volume = unsafe {
+        if libc::statvfs(c"pg_wal".as_ptr(), volume.as_mut_ptr()) != 0 {
+            return None;
+        }
+        volume.assume_init()
+    };
+    i64::try_from(u64::from(volume.f_bavail).saturating_mul(u64::from(volume.f_frsize))).ok()
+}
+
+/// Of 0.4 and 0.5, until ALTER EXTENSION .. UPDATE.
 #[pg_extern(sql = false)]
 fn stillebot_adopt_identity() -> String {
+    adopt(false)
+}
+
+#[pg_extern(sql = false)]
+fn multihome_adopt_identity(force: Option<bool>) -> String {
+    adopt(force == Some(true))
+}
+
+/// `force`: although a publisher does not say whether the original is still running.
+fn adopt(force: bool) -> String {
     const VERB: &str = "stillebot_adopt_identity()";
     let call = Call::begin(VERB, None);
     let Some(known) = identity() else {
@@ -219,7 +245,17 @@ fn stillebot_adopt_identity() -> String {
                 "Stop the original, and wait until its publisher has noticed, wal_sender_timeout at most; then try again.",
             ),
             Some(Slot { ahead: true, .. }) => ahead.push(subscription.name.as_str()),
-            _ => {}
+            Some(_) => {}
+            None if force => {}
+            None => fail(
+                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                &format!(
+                    "cannot ask the publisher of subscription {} whether node {} is still running and reads its slot",
+                    subscription.name, known.node
+                ),
+                None,
+                "Mend the connection, and try again; when the original is surely gone: SELECT stillebot_adopt_identity(force => true).",
+            ),
         }
     }
     stay_down(call.database(), &format!("adopted the identity of node {}", known.node));

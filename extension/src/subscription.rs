@@ -1,5 +1,5 @@
 //! What is seen to when a subscription connects to its publisher, or is about to: no database replicates itself, no copy of a
-//! node replicates in its stead, and what would go round in circles is warned of.
+//! node replicates in its stead, nobody follows a node into the past, and what would go round in circles is warned of.
 //!
 //! Whoever connects for a subscription does it through `walrcv_connect`, and so through [`connect`]: CREATE and REFRESH in
 //! sessions, apply and table synchronisation in workers. ALTER .. CONNECTION and ENABLE do not connect; when core is through
@@ -9,7 +9,7 @@
 //! Plain frames, as hooks are, but for the trial, which has to catch.
 
 use std::cell::Cell;
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::io::Write;
 use std::panic::AssertUnwindSafe;
 use std::ptr::null_mut;
@@ -102,10 +102,58 @@ pub unsafe fn connect(arguments: ConnectArguments) -> *mut pg_sys::WalReceiverCo
             disconnect(connection);
             refuse_own(name, place);
         }
-        if !compat::IsLogicalWorker() {
+        if compat::IsLogicalWorker() {
+            let applied = compat::applied_up_to();
+            if applied != 0 && ends_before(connection, applied) {
+                disconnect(connection);
+                refuse_past(name, applied);
+            }
+        } else {
             PEER_SUBSCRIBES.store(affirms(connection, SUBSCRIBES.as_ptr()), Relaxed);
         }
         connection
+    }
+}
+
+// --- To the past ------------------------------------------------------------------------------------------------
+
+/// Whether the WAL of the publisher ends before what is applied here of it. What it sends is flushed there, so that cannot be
+/// unless it has been rolled back, or lost its WAL. Core would have it begin at the position asked for, and what it writes
+/// until it comes there would never be sent.
+///
+/// # Safety
+/// `connection` is live and logical.
+unsafe fn ends_before(connection: *mut pg_sys::WalReceiverConn, applied: u64) -> bool {
+    let mut query = [0u8; 256];
+    let written = write!(
+        &mut query[..255],
+        "select where case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_receive_lsn() \
+         else pg_catalog.pg_current_wal_flush_lsn() end < '{:X}/{:X}'",
+        applied >> 32,
+        applied & 0xffff_ffff,
+    );
+    // SAFETY: the caller's promise; a C string, for the last byte was never written.
+    written.is_ok() && unsafe { affirms(connection, query.as_ptr().cast()) }
+}
+
+/// The words by which multihome.record() knows it.
+unsafe fn refuse_past(name: *const c_char, applied: u64) -> ! {
+    // SAFETY: as for the others.
+    unsafe {
+        compat::errstart(pg_sys::PGERROR as c_int, std::ptr::null());
+        compat::errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE as c_int);
+        compat::errmsg(c"subscription \"%s\" does not replicate: its publisher has gone back in time".as_ptr(), name);
+        compat::errdetail(
+            c"Its WAL ends before %X/%X, up to where its changes are applied here: it was restored or rolled back."
+                .as_ptr(),
+            (applied >> 32) as c_uint,
+            (applied & 0xffff_ffff) as c_uint,
+        );
+        compat::errhint(
+            c"Take the publisher down; what it has lost is here. Then stillebot-agent deinit, empty its tables, and init."
+                .as_ptr(),
+        );
+        compat::raise()
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 use tokio_postgres::types::PgLsn;
 
-use super::{Context, print, unreachable};
+use super::{Context, print, unreachable, visit};
 use crate::cli;
 use crate::config::{Config, Node};
 use crate::crew::{Crew, LOOK_BOUND};
@@ -36,7 +36,7 @@ impl Admin {
     /// Understands the options.
     pub fn new(context: &Context, options: &cli::Admin) -> Result<Self, Failure> {
         let mut config = context.config.clone();
-        config.user.clone_from(&options.admin);
+        options.role().clone_into(&mut config.user);
         if let (Some(cert), Some(key)) = (&options.admin_cert, &options.admin_key) {
             config.tls.cert = Some(cert.clone());
             config.tls.key = Some(key.clone());
@@ -86,7 +86,17 @@ impl Admin {
         Ok(self.connector.connect(node, LOOK_BOUND).await?)
     }
 
-    /// The same, of all nodes.
+    /// Connects to a node as superuser and asks it something, all of it within a bound.
+    pub async fn visit<T>(
+        &self,
+        node: &Node,
+        bound: Duration,
+        ask: impl AsyncFnOnce(&Session) -> Result<T, NodeError>,
+    ) -> Result<T, NodeError> {
+        visit(&self.connector, self.config.node(&node.name).unwrap_or(node), bound, ask).await
+    }
+
+    /// A session as superuser on every node.
     pub async fn muster_all(&self) -> Result<Crew<'_>, Failure> {
         let (crew, errors) = self.muster().await?;
         match unreachable(&errors) {

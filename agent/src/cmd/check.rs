@@ -10,8 +10,10 @@ use anstyle::{AnsiColor, Style};
 use futures_util::future::{join, join_all};
 use serde_json::json;
 
+use super::admin::Admin;
 use super::{Context, Reply};
-use crate::check::{self, Finding, Place, Remedy, Seen, Verdict};
+use crate::check::{self, Finding, Place, Seen, Verdict};
+use crate::cli;
 use crate::config::Node;
 use crate::crew::LOOK_BOUND;
 use crate::failure::{Failure, Kind};
@@ -30,14 +32,18 @@ pub struct Looked {
     pub errors: BTreeMap<String, NodeError>,
     /// Where they are, by name.
     pub places: BTreeMap<String, Vec<Place>>,
+    /// They were asked by a superuser, and not by the agent.
+    pub as_admin: bool,
 }
 
 impl Looked {
     /// What is to be said of it: first of the nodes that could not be asked.
     pub fn findings(&self, context: &Context) -> Vec<Finding> {
         let unreachable = self.errors.iter().map(|(node, error)| {
-            let hint = error.hint.as_deref().unwrap_or("a server that answers");
-            check::unreachable(node, &error.message, hint)
+            let hint = error.hint.as_deref().unwrap_or("a server that answers").to_owned();
+            let before = "; before init has made the agent's role: look as a superuser, with --admin or --via";
+            let more = if error.answered && !self.as_admin { before } else { "" };
+            check::unreachable(node, &error.message, &(hint + more))
         });
         let seen = Seen { config: &context.config, surveys: &self.surveys, places: &self.places };
         unreachable.chain(check::findings(&seen)).collect()
@@ -45,8 +51,9 @@ impl Looked {
 }
 
 /// Runs it.
-pub async fn run(context: &Context, verbose: bool) -> Result<Reply, Failure> {
-    let (looked, certificates) = join(look(context), inspect::findings(context)).await;
+pub async fn run(context: &Context, options: &cli::Check) -> Result<Reply, Failure> {
+    let admin = if options.admin.is_given() { Some(Admin::new(context, &options.admin)?) } else { None };
+    let (looked, certificates) = join(look(context, admin.as_ref()), inspect::findings(context)).await;
     let mut findings = looked.findings(context);
     // Why one could not be looked at is told of its node or subscription already.
     let known = certificates.iter().filter(|certificate| certificate.level != inspect::Level::Unknown);
@@ -58,14 +65,15 @@ pub async fn run(context: &Context, verbose: bool) -> Result<Reply, Failure> {
         _ => None,
     };
     let json = json!({"command": "check", "worst": worst, "findings": findings});
-    Ok(Reply { text: text(context, &findings, verbose), json, kind })
+    Ok(Reply { text: text(context, &findings, options.verbose), json, kind })
 }
 
 /// Asks all nodes, all at once.
-pub async fn look(context: &Context) -> Looked {
+async fn look(context: &Context, admin: Option<&Admin>) -> Looked {
     let nodes = &context.config.nodes;
-    let results = join_all(nodes.iter().map(|node| join(ask(context, node), places(node)))).await;
-    let mut looked = Looked { surveys: BTreeMap::new(), errors: BTreeMap::new(), places: BTreeMap::new() };
+    let results = join_all(nodes.iter().map(|node| join(ask(context, admin, node), places(node)))).await;
+    let as_admin = admin.is_some();
+    let mut looked = Looked { surveys: BTreeMap::new(), errors: BTreeMap::new(), places: BTreeMap::new(), as_admin };
     for (node, (survey, places)) in nodes.iter().zip(results) {
         match survey {
             Ok(survey) => drop(looked.surveys.insert(node.name.clone(), survey)),
@@ -76,9 +84,12 @@ pub async fn look(context: &Context) -> Looked {
     looked
 }
 
-async fn ask(context: &Context, node: &Node) -> Result<Survey, NodeError> {
+async fn ask(context: &Context, admin: Option<&Admin>, node: &Node) -> Result<Survey, NodeError> {
     let take = async |session: &Session| survey::take(session, &context.config, node, LOOK_BOUND).await;
-    context.visit(node, NODE_BOUND, take).await
+    match admin {
+        None => context.visit(node, NODE_BOUND, take).await,
+        Some(admin) => admin.visit(node, NODE_BOUND, take).await,
+    }
 }
 
 /// The addresses of a node, for the agent and for its peers' subscriptions.
@@ -121,31 +132,10 @@ fn line(text: &mut String, finding: &Finding) {
         Verdict::Error => AnsiColor::Red,
     };
     let style = Style::new().fg_color(Some(colour.into()));
-    let mut subject = finding.subject.to_owned();
-    for more in [&finding.about, &finding.peer].into_iter().flatten() {
-        let _ = write!(subject, " {more}");
-    }
-    let word = finding.verdict.word();
-    let _ = writeln!(text, "  {style}{word:<7}{style:#}  {subject}: {}", finding.found);
-    if finding.verdict == Verdict::Ok {
-        return;
-    }
-    let _ = writeln!(text, "           needed: {}", finding.needed);
-    for remedy in &finding.remedy {
-        let (node, what) = match remedy {
-            Remedy::Sql { node, statement } => (node, format!("{statement};")),
-            Remedy::File { node, path, line, instead_of, before } => {
-                let place = match (instead_of, before) {
-                    (Some(number), _) => format!("instead of line {number}"),
-                    (None, Some(number)) => format!("before line {number}"),
-                    (None, None) => "at the end".to_owned(),
-                };
-                (node, format!("{path}, {place}: {line}"))
-            }
-            Remedy::Shell { node, command } => (node, format!("$ {command}")),
-            Remedy::Restart { node } => (node, "restart the server".to_owned()),
-        };
-        let elsewhere = if *node == finding.node { String::new() } else { format!("on {node}: ") };
-        let _ = writeln!(text, "           mend:   {elsewhere}{what}");
+    let _ = writeln!(text, "  {style}{:<7}{style:#}  {}", finding.verdict.word(), finding.title());
+    if finding.verdict > Verdict::Ok {
+        for line in finding.mending() {
+            let _ = writeln!(text, "           {line}");
+        }
     }
 }

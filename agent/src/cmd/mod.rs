@@ -74,24 +74,33 @@ impl Context {
         bound: Duration,
         ask: impl AsyncFnOnce(&Session) -> Result<T, NodeError>,
     ) -> Result<T, NodeError> {
-        let work = async { ask(&self.connector.connect(node, CONNECT_BOUND).await?).await };
-        tokio::time::timeout(bound, work).await.unwrap_or_else(|_| {
-            Err(NodeError {
-                node: node.name.clone(),
-                place: format!("{}:{}", node.host, node.port).into(),
-                trouble: Trouble::Lost,
-                message: format!("no answer within {}", humantime::format_duration(bound)),
-                detail: None,
-                hint: None,
-                answered: false,
-            })
-        })
+        visit(&self.connector, node, bound, ask).await
     }
 
     /// References to all nodes.
     pub fn nodes(&self) -> Vec<&Node> {
         self.config.nodes.iter().collect()
     }
+}
+
+async fn visit<T>(
+    connector: &Connector,
+    node: &Node,
+    bound: Duration,
+    ask: impl AsyncFnOnce(&Session) -> Result<T, NodeError>,
+) -> Result<T, NodeError> {
+    let work = async { ask(&connector.connect(node, CONNECT_BOUND).await?).await };
+    tokio::time::timeout(bound, work).await.unwrap_or_else(|_| {
+        Err(NodeError {
+            node: node.name.clone(),
+            place: format!("{}:{}", node.host, node.port).into(),
+            trouble: Trouble::Lost,
+            message: format!("no answer within {}", humantime::format_duration(bound)),
+            detail: None,
+            hint: None,
+            answered: false,
+        })
+    })
 }
 
 /// What a command has to say.
@@ -145,7 +154,7 @@ async fn begin(cli: &Cli) -> Result<Reply, Failure> {
         Command::Init(options) => init::run(&context, options).await,
         Command::Deinit(options) => deinit::run(&context, options).await,
         Command::SetConnection(options) => set_connection::run(&context, options).await,
-        Command::Check { verbose } => check::run(&context, *verbose).await,
+        Command::Check(options) => check::run(&context, options).await,
         Command::Down { node, reason, timeout, terminate, dry_run } => {
             let wish = down::Wish { node, reason: reason.as_deref(), timeout: *timeout, terminate: *terminate };
             down::run(&context, &wish, *dry_run).await

@@ -350,8 +350,7 @@ impl<'a> Post<'a> {
         }
         let publication = &self.context.config.publication;
         let looked = async {
-            let mut sight =
-                sight::look(&seat.session, self.node, publication, &mut seat.status_refused, LOOK_BOUND).await?;
+            let mut sight = sight::look(&seat.session, publication, &mut seat.status_refused, LOOK_BOUND).await?;
             sight.schema = match &seat.schema {
                 Some((at, known)) if at.elapsed() < FINGERPRINT => known.clone(),
                 _ => {

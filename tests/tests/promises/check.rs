@@ -100,6 +100,122 @@ async fn a_good_pair_is_all_well() -> Result<()> {
     cluster.finish().await
 }
 
+/// A command as a superuser through the servers' sockets.
+fn through_sockets(cluster: &Cluster, command: &str) -> Vec<String> {
+    let places = cluster
+        .nodes()
+        .iter()
+        .map(|node| format!("--via={}={}:{}", node.name(), node.socket_directory().display(), node.port()));
+    std::iter::once(command.to_owned()).chain(places).collect()
+}
+
+#[tokio::test]
+async fn servers_that_nobody_has_set_up_are_told_all_that_init_needs_and_after_it_init_runs() -> Result<()> {
+    let cluster = Cluster::builder()
+        .bare()
+        .config("wal_level", "replica")
+        .config("track_commit_timestamp", "off")
+        .config("ssl_ca_file", "")
+        .config("listen_addresses", "")
+        .config("shared_preload_libraries", "")
+        .start()
+        .await?;
+    let run = async |command: &str, more: &[&str]| {
+        let words = through_sockets(&cluster, command);
+        agent(&cluster, &words.iter().map(String::as_str).chain(more.iter().copied()).collect::<Vec<_>>()).await
+    };
+    agent(&cluster, &["check"]).await?.expect_code(69)?;
+    let refused = run("init", &["--yes"]).await?.expect_code(1)?;
+    let detail = refused.json["detail"].as_str().context("no detail")?;
+    for line in [
+        "gideon: wal_level: replica",
+        "  mend:   alter system set wal_level = 'logical';",
+        "  mend:   restart the server",
+    ] {
+        ensure!(detail.lines().any(|found| found == line), "no {line:?} in {refused:#?}");
+    }
+    let check = run("check", &[]).await?.expect_code(1)?;
+    let findings = check.json["findings"].as_array().context("no findings")?;
+    let of_file = |finding: &&Value| {
+        finding["verdict"] == "error"
+            && finding["remedy"][0]["statement"].as_str().is_some_and(|text| text.starts_with("alter system"))
+    };
+    let settings: Vec<Value> = findings.iter().filter(of_file).cloned().collect();
+    let subjects =
+        ["wal_level", "track_commit_timestamp", "ssl_ca_file", "listen_addresses", "shared_preload_libraries"];
+    let wanted: BTreeSet<String> = ["sikorsky", "gideon"]
+        .iter()
+        .flat_map(|node| subjects.map(|subject| format!("{node} error {subject}")))
+        .collect();
+    ensure!(told(&settings) == wanted, "{settings:#?}");
+    mend(&cluster, &settings).await?;
+    run("init", &["--yes"]).await?.expect_code(0)?;
+    cluster.node("gideon").execute(DATABASE, "insert into stillebot.raids values (1, 2)").await?;
+    cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
+    let found = troubles(&cluster).await?;
+    ensure!(found.iter().all(|finding| finding["verdict"] != "error"), "{found:#?}");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn before_the_agent_can_log_in_check_says_how_to_look_nevertheless() -> Result<()> {
+    let cluster = Cluster::builder().bare().start().await?;
+    cluster.expect_log(" 28000 ");
+    cluster.expect_log("Connection matched");
+    let run = agent(&cluster, &["check"]).await?.expect_code(69)?;
+    let line = &run.json["findings"][0];
+    ensure!(line["subject"] == "connection", "{line:#}");
+    ensure!(line["needed"].as_str().is_some_and(|text| text.contains("with --admin or --via")), "{line:#}");
+    let words = cluster.as_admin("check", &[]);
+    let run = agent(&cluster, &words.iter().map(String::as_str).collect::<Vec<_>>()).await?.expect_code(1)?;
+    let findings = run.json["findings"].as_array().context("no findings")?;
+    for subject in ["agent_role", "replication_role", "extension", "publication", "subscription"] {
+        let found = findings.iter().filter(|line| line["subject"] == subject && line["verdict"] == "error").count();
+        ensure!(found == 2, "{subject}: {findings:#?}");
+    }
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn databases_of_another_encoding_or_collation_are_found() -> Result<()> {
+    let cluster = Cluster::builder().bare().start().await?;
+    let gideon = cluster.node("gideon");
+    for (other, expected, says) in [
+        ("encoding 'UTF8' locale 'C.UTF-8'", "sikorsky warning collation", "lc_collate: C here, C.UTF-8 on gideon"),
+        ("encoding 'LATIN1' locale 'C'", "sikorsky error encoding", "UTF8 here, LATIN1 on gideon"),
+    ] {
+        gideon.execute("postgres", "drop database stillebot").await?;
+        let create = format!("create database stillebot owner rosuav template template0 {other}");
+        gideon.execute("postgres", &create).await?;
+        let words = cluster.as_admin("check", &[]);
+        let run = agent(&cluster, &words.iter().map(String::as_str).collect::<Vec<_>>()).await?.expect_code(1)?;
+        let findings = run.json["findings"].as_array().context("no findings")?;
+        let alike = |finding: &&Value| matches!(finding["subject"].as_str(), Some("collation" | "encoding"));
+        let differing: Vec<Value> =
+            findings.iter().filter(alike).filter(|finding| finding["verdict"] != "ok").cloned().collect();
+        ensure!(told(&differing) == BTreeSet::from([expected.to_owned()]), "{other}: {differing:#?}");
+        ensure!(differing[0]["found"].as_str().is_some_and(|text| text.contains(says)), "{differing:#?}");
+    }
+    let words = cluster.as_admin("init", &["--yes"]);
+    let run = agent(&cluster, &words.iter().map(String::as_str).collect::<Vec<_>>()).await?.expect_code(1)?;
+    ensure!(run.json["detail"].as_str().is_some_and(|text| text.contains("UTF8 here, LATIN1 on gideon")), "{run:#?}");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn the_space_for_wal_is_what_the_file_system_has() -> Result<()> {
+    let cluster = good_pair().await?;
+    let run = cluster.agent(&["check", "--verbose"]).await?.expect_code(0)?;
+    ensure!(run.stdout.matches("ok       disk_space: ").count() == 2, "{}", run.stdout);
+    let gideon = cluster.node("gideon");
+    let free: i64 = gideon.value(DATABASE, "select multihome.free_space()").await?;
+    let volume = nix::sys::statvfs::statvfs(&gideon.data_directory().join("pg_wal"))?;
+    let seen = volume.blocks_available() as i64 * volume.fragment_size() as i64;
+    ensure!(free > 0 && (free - seen).abs() < 4 << 30, "{free} bytes, and not {seen}");
+    cluster.finish().await
+}
+
 #[tokio::test]
 async fn what_is_wrong_with_roles_is_found_and_mended() -> Result<()> {
     let cluster = good_pair().await?;
@@ -118,6 +234,11 @@ async fn what_is_wrong_with_roles_is_found_and_mended() -> Result<()> {
             "revoke execute on function pg_hba_file_rules() from stillebot_agent",
             &["gideon error agent_grants", "gideon unknown pg_hba"],
         ),
+        (
+            "revoke execute on function multihome.free_space() from stillebot_agent",
+            &["gideon error agent_grants", "gideon unknown disk_space"],
+        ),
+        ("revoke execute on function pg_ident_file_mappings() from stillebot_agent", &["gideon error agent_grants"]),
         (
             "revoke execute on function multihome.connections() from stillebot_agent",
             &["gideon error agent_grants", "gideon unknown subscription_connection"],
@@ -183,8 +304,35 @@ async fn tables_that_are_not_alike_are_found() -> Result<()> {
         (
             "create table stillebot.extra (a integer primary key, b text not null)",
             "create table stillebot.extra (a bigint primary key, b text)",
-            "sikorsky warning table_differs",
+            "sikorsky error table_differs",
             "a is integer on sikorsky, bigint on gideon, b is not null on sikorsky only",
+        ),
+        (
+            "create table stillebot.extra (a integer primary key, b text not null);
+             create unique index extra_b on stillebot.extra (lower(b)) where a > 0",
+            "create table stillebot.extra (a integer primary key, b text not null);
+             create unique index extra_b on stillebot.extra (lower(b)) where a > 1",
+            "sikorsky error table_differs",
+            "unique (lower(b) where (a > 0)) is on sikorsky only, unique (lower(b) where (a > 1)) is on gideon only",
+        ),
+        (
+            "create table stillebot.extra (a integer primary key, b text unique)",
+            "create table stillebot.extra (a integer primary key, b text unique deferrable)",
+            "sikorsky warning table_differs",
+            "unique (b) is deferrable on gideon only",
+        ),
+        (
+            "create table stillebot.extra (a integer primary key, b text not null unique)",
+            "create table stillebot.extra (a integer primary key, b text not null unique);
+             alter table stillebot.extra replica identity using index extra_b_key",
+            "sikorsky error table_differs",
+            "replica identity is (a) on sikorsky, (b) on gideon",
+        ),
+        (
+            "create table stillebot.extra (a integer primary key)",
+            "create table stillebot.extra (a integer primary key); alter table stillebot.extra replica identity full",
+            "sikorsky warning table_differs",
+            "replica identity is (a) on sikorsky, full on gideon",
         ),
         (
             "alter table stillebot.raids enable row level security",
@@ -363,6 +511,23 @@ async fn what_is_wrong_with_pg_hba_is_found_and_mended() -> Result<()> {
         (good.clone() + "hostssl other all 192.0.2.0/24 md5\n", &["gideon warning pg_hba_line"]),
         (good.clone() + "hostssl other all 192.0.2.0/24 trust\n", &["gideon error pg_hba_line"]),
         (good.clone() + "hostssl all all 0.0.0.0/0 cert\n", &["gideon warning pg_hba_line"]),
+        (
+            good.replace(
+                "hostssl all         all  127.0.0.1/32  cert",
+                "hostssl all replicator 127.0.0.1/32 cert map=nodes\nhostssl all all 127.0.0.1/32 cert",
+            ),
+            &["gideon error pg_hba_replication"],
+        ),
+        (good.clone() + "local replication all trust\n", &["gideon error pg_hba_line"]),
+        (good.clone() + "hostssl stillebot all all cert\n", &["gideon warning pg_hba_line"]),
+        (good.clone() + "hostssl all rosuav 0.0.0.0/0 cert\n", &["gideon warning pg_hba_line"]),
+        (
+            good.replace(
+                "local   all         all  peer map=harness",
+                "local all postgres reject\nlocal other all peer",
+            ),
+            &["gideon warning pg_hba_local"],
+        ),
         (format!("hostssl all replicator all reject\n{good}"), &["gideon error pg_hba_replication"]),
         (
             good.replace(

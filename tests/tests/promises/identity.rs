@@ -1,5 +1,9 @@
 //! What is promised of a node that knows who it is, and of its copies.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
 use anyhow::{Result, ensure};
 use serde_json::Value;
 use stillebot_tests::cluster::DATABASE;
@@ -267,6 +271,33 @@ async fn a_copied_data_directory_does_not_join_and_can_take_over() -> Result<()>
 }
 
 #[tokio::test]
+async fn a_copy_is_not_adopted_while_nobody_says_whether_the_original_runs_unless_by_force() -> Result<()> {
+    let cluster = pair().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    let copy = sikorsky.base_backup("copy", Backup::Restored)?;
+    copy.start().await?;
+    assert_foreign(&copy).await?;
+    sikorsky.stop(Shutdown::Immediate).await?;
+    cluster.link("gideon", "sikorsky").cut().await?;
+    let session = copy.superuser(DATABASE).await?;
+    for call in ["stillebot_adopt_identity()", "stillebot_adopt_identity(null)"] {
+        let answer = session.batch_execute(&format!("select {call}")).await;
+        let report = assert_error(answer, &SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE);
+        ensure!(report.message().starts_with("cannot ask the publisher of subscription multihome"), "{report:?}");
+        ensure!(report.hint().is_some_and(|hint| hint.contains("(force => true)")), "{report:?}");
+        ensure!(identity(&copy, DATABASE).await?["foreign"] == true);
+    }
+    let next: String = session.query_one("select stillebot_adopt_identity(force => true)", &[]).await?.get(0);
+    ensure!(next.starts_with("This is node sikorsky now."), "{next}");
+    ensure!(state(&copy, DATABASE).await? == "down");
+    cluster.link("gideon", "sikorsky").heal().await?;
+    write(gideon, "to the new one").await?;
+    wait_has(&copy, "to the new one").await?;
+    copy.finish().await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
 async fn a_copy_can_become_a_database_of_its_own() -> Result<()> {
     let cluster = pair().await?;
     let copy = cluster.node("sikorsky").base_backup("copy", Backup::Restored)?;
@@ -335,6 +366,80 @@ async fn a_backup_restored_to_the_same_place_is_a_copy_too() -> Result<()> {
     sikorsky.execute(DATABASE, "select stillebot_up()").await?;
     write(gideon, "from now on").await?;
     wait_has(sikorsky, "from now on").await?;
+    cluster.finish().await
+}
+
+/// Puts what files have of a directory into the files of another one: they stay the same files. What is only there goes.
+fn roll_back(to: &Path, from: &Path) -> Result<()> {
+    for entry in fs::read_dir(to)? {
+        let entry = entry?;
+        if !from.join(entry.file_name()).exists() {
+            if entry.file_type()?.is_dir() { fs::remove_dir_all(entry.path())? } else { fs::remove_file(entry.path())? }
+        }
+    }
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let place = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            if !place.exists() {
+                fs::create_dir(&place)?;
+                let owner = entry.metadata()?;
+                std::os::unix::fs::chown(&place, Some(owner.uid()), Some(owner.gid()))?;
+                fs::set_permissions(&place, owner.permissions())?;
+            }
+            roll_back(&place, &entry.path())?;
+        } else if place.exists() {
+            fs::write(&place, fs::read(entry.path())?)?;
+        } else {
+            fs::copy(entry.path(), &place)?;
+            let owner = entry.metadata()?;
+            std::os::unix::fs::chown(&place, Some(owner.uid()), Some(owner.gid()))?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn nobody_follows_a_node_that_was_rolled_back_in_place() -> Result<()> {
+    let cluster = pair().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    write(sikorsky, "before").await?;
+    wait_has(gideon, "before").await?;
+    sikorsky.stop(Shutdown::Fast).await?;
+    let snapshot = sikorsky.copy("snapshot")?;
+    sikorsky.start().await?;
+    let inode = fs::metadata(sikorsky.data_directory().join("global/pg_control"))?.ino();
+    sikorsky
+        .execute(DATABASE, "insert into stillebot.raids (fromid, toid) select n, 1 from generate_series(1, 2000) n")
+        .await?;
+    write(sikorsky, "lost").await?;
+    wait_has(gideon, "lost").await?;
+    sikorsky.stop(Shutdown::Fast).await?;
+    roll_back(&sikorsky.data_directory(), &snapshot.data_directory())?;
+    ensure!(fs::metadata(sikorsky.data_directory().join("global/pg_control"))?.ino() == inode);
+    cluster.expect_log("its publisher has gone back in time");
+    sikorsky.start().await?;
+    ensure!(!has(sikorsky, "lost").await? && identity(sikorsky, DATABASE).await?["foreign"] == false);
+
+    let parted = "select not subenabled from pg_subscription";
+    wait_until("gideon to part with it", PATIENCE, || async {
+        Ok(gideon.value::<bool>(DATABASE, parted).await?.then_some(()))
+    })
+    .await?;
+    let told = "select message || ': ' || detail || ' ' || coalesce(conflict_type, '') from multihome.conflicts where status = 'open'";
+    let told: String = gideon.value(DATABASE, told).await?;
+    ensure!(
+        told.contains("\"multihome\" does not replicate: its publisher has gone back in time")
+            && told.contains("apply_error"),
+        "{told}"
+    );
+    // However much it writes now, nothing of it is taken for what comes next, until somebody says so.
+    sikorsky
+        .execute(DATABASE, "insert into stillebot.raids (fromid, toid) select n, 2 from generate_series(1, 5000) n")
+        .await?;
+    write(sikorsky, "in the past").await?;
+    ensure!(gideon.value::<bool>(DATABASE, parted).await? && !has(gideon, "in the past").await?);
+    snapshot.finish().await?;
     cluster.finish().await
 }
 
