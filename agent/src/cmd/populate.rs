@@ -271,6 +271,20 @@ async fn standing(
     })
 }
 
+/// Has one node begin to copy a table that is new to the subscription; nothing if it is not.
+pub async fn join(
+    crew: &Crew<'_>,
+    context: &Context,
+    node: &str,
+    table: &str,
+    subscription: &str,
+) -> Result<(), NodeError> {
+    match standing(crew, context, node, table, subscription).await? {
+        Standing::Unknown => begin(crew, node, table, subscription, false).await,
+        Standing::Copying | Standing::Ready => Ok(()),
+    }
+}
+
 /// Whether these tables have been copied by a subscription of a node, and replicate.
 pub async fn are_ready(
     crew: &Crew<'_>,

@@ -160,7 +160,7 @@ impl<'a> Hands<'a> {
         let (first, others): (Vec<_>, Vec<_>) = unjoined.iter().partition(|(node, _)| *node == active);
         for (node, tables) in first.into_iter().chain(others) {
             for table in tables.iter().filter(|_| node != active) {
-                match populate::begin(&self.crew, node, table, &subscription, false).await {
+                match populate::join(&self.crew, self.context, node, table, &subscription).await {
                     Ok(()) => drop(copied.insert(table)),
                     Err(error) => tracing::info!(node, table, %error, "not copied"),
                 }
