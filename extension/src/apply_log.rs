@@ -31,10 +31,13 @@ unsafe extern "C-unwind" fn emit_log(report: *mut pg_sys::ErrorData) {
     unsafe {
         if compat::IsLogicalWorker() {
             // Nothing here can panic; if it does nevertheless, the report goes on its way without us.
-            let _ = catch_unwind(AssertUnwindSafe(|| {
+            let is_ours = catch_unwind(AssertUnwindSafe(|| {
                 note(&*report);
-                keep_out_of_the_log(&mut *report);
+                keep_out_of_the_log(&mut *report)
             }));
+            if is_ours.unwrap_or(false) {
+                return;
+            }
         }
         if let Some(previous) = PREVIOUS_EMIT_LOG {
             previous(report);
@@ -194,17 +197,18 @@ fn sqlstate(mut code: c_int) -> [u8; 5] {
     })
 }
 
-/// Takes lines out of the server's log that are there only because the tap makes core talk.
-fn keep_out_of_the_log(report: &mut pg_sys::ErrorData) {
-    if let Some(level) = tap().level()
-        && !is_logged(report.elevel, level)
-    {
+/// Takes lines out of the server's log that are there only because the tap makes core talk. True: this is one, and nobody
+/// else would have been told of it.
+fn keep_out_of_the_log(report: &mut pg_sys::ErrorData) -> bool {
+    let is_ours = tap().level().is_some_and(|level| !is_logged(report.elevel, level));
+    if is_ours {
         report.output_to_server = false;
     }
+    is_ours
 }
 
 /// Whether a report goes to the server's log at that log_min_messages: is_log_level_output() of elog.c.
-fn is_logged(level: c_int, minimum: c_int) -> bool {
+pub fn is_logged(level: c_int, minimum: c_int) -> bool {
     let (level, minimum) = (level as u32, minimum as u32);
     if level == pg_sys::LOG || level == pg_sys::LOG_SERVER_ONLY {
         minimum == pg_sys::LOG || minimum <= pg_sys::PGERROR

@@ -3,13 +3,15 @@
 //! that starts it.
 //!
 //! An event leaves the queue when the transaction that recorded it is committed, so the death of a collector loses
-//! nothing. What cannot be recorded (no extension, a table that was dropped, a full disk) is tried again, with less of it,
-//! then counted as dropped: replication never waits for the log.
+//! nothing. What cannot be recorded for a reason that passes (a lock, a full disk) stays in the queue until it can, for as
+//! long as the queue has room; what cannot be recorded at all (no extension, a table that was dropped) is tried again, with
+//! less of it, then counted as dropped: replication never waits for the log.
 
 use std::panic::UnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use pgrx::PgSqlErrorCode;
 use pgrx::bgworkers::{
     BackgroundWorker, BackgroundWorkerBuilder, BackgroundWorkerStatus, BgWorkerStartTime, DynamicBackgroundWorker,
     SignalWakeFlags,
@@ -29,7 +31,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const LEAVE: Duration = Duration::from_secs(2);
 /// How often it looks whether old rows can go, which reads all of the log.
 const UPKEEP: Duration = Duration::from_secs(10);
-/// How long an event that could not be recorded is left alone before it is tried again.
+/// How long what could not be recorded is left alone before it is tried again.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Events that are recorded in one transaction.
 const BATCH: usize = 100;
@@ -222,11 +224,12 @@ fn drain(queue: &Queue) -> News {
         }
         // One of them cannot be recorded, or none can now: one by one.
         for (next, record) in events {
-            if !recorded(&record) {
-                if is_ending() {
-                    return News { any, more: false }; // It stays for the next collector.
-                }
-                ring.count_dropped();
+            match record_one(&record) {
+                Ok(()) => {}
+                // It stays, for the next collector if this one ends.
+                Err(Failure::Passing) => return News { any, more: false },
+                Err(_) if is_ending() => return News { any, more: false },
+                Err(_) => ring.count_dropped(),
             }
             ring.remove_to(next);
         }
@@ -240,23 +243,65 @@ fn schema_change(record: &[u8]) -> Option<Vec<u8>> {
     Event::read(record).filter(|event| event.kind == Kind::Schema).map(|event| event.texts[0].to_vec())
 }
 
-/// Has one event written down, if it can be: if need be, after a while, and without the rows that it brings.
-fn recorded(record: &[u8]) -> bool {
-    for (attempt, bare) in [false, true, true].into_iter().enumerate() {
-        let until = Instant::now() + if attempt == 0 { Duration::ZERO } else { PAUSE };
-        while Instant::now() < until {
-            if !BackgroundWorker::wait_latch(Some(until.saturating_duration_since(Instant::now()))) {
-                return false;
-            }
-        }
-        if is_ending() {
-            return false;
-        }
-        if run(RECORD, &[json(record, bare)]).is_some() {
-            return true;
+/// Why something was not written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failure {
+    /// The reason lies outside, and passes.
+    Passing,
+    /// It took too long, or somebody cancelled it.
+    Cancelled,
+    /// It would fail again.
+    Lasting,
+}
+
+impl Failure {
+    fn of(code: PgSqlErrorCode) -> Failure {
+        use PgSqlErrorCode::*;
+        match code {
+            ERRCODE_QUERY_CANCELED => Failure::Cancelled,
+            ERRCODE_LOCK_NOT_AVAILABLE
+            | ERRCODE_T_R_SERIALIZATION_FAILURE
+            | ERRCODE_T_R_DEADLOCK_DETECTED
+            | ERRCODE_INSUFFICIENT_RESOURCES
+            | ERRCODE_DISK_FULL
+            | ERRCODE_OUT_OF_MEMORY
+            | ERRCODE_TOO_MANY_CONNECTIONS
+            | ERRCODE_CONFIGURATION_LIMIT_EXCEEDED => Failure::Passing,
+            _ => Failure::Lasting,
         }
     }
-    false
+}
+
+/// Has one event written down, if it can be: if need be, after a while, and without the rows that it brings, which may be
+/// what fails or takes too long.
+fn record_one(record: &[u8]) -> Result<(), Failure> {
+    let mut failure = Failure::Lasting;
+    for (attempt, bare) in [false, true, true].into_iter().enumerate() {
+        if is_ending() || attempt > 0 && !pause() {
+            return Err(failure);
+        }
+        match try_run(RECORD, &[json(record, bare)]) {
+            Ok(_) => return Ok(()),
+            Err(Failure::Passing) => {
+                pause();
+                return Err(Failure::Passing);
+            }
+            Err(now) => failure = now,
+        }
+    }
+    // Without its rows nothing of a user's is called, so it waited for something.
+    Err(if failure == Failure::Cancelled { Failure::Passing } else { failure })
+}
+
+/// Waits, whoever calls meanwhile. False: this process ends.
+fn pause() -> bool {
+    let until = Instant::now() + PAUSE;
+    while Instant::now() < until {
+        if !BackgroundWorker::wait_latch(Some(until.saturating_duration_since(Instant::now()))) || is_ending() {
+            return false;
+        }
+    }
+    true
 }
 
 /// Whether this process was told to end.
@@ -276,22 +321,32 @@ fn json(record: &[u8], bare: bool) -> Vec<u8> {
 
 /// How many subscriptions of this database may have something to tell. Asked with or without the extension.
 fn subscriptions() -> Option<i64> {
-    in_transaction(|| {
+    let counted = in_transaction(|| {
         let enabled = "select count(*) from pg_subscription s
                         where s.subenabled and s.subdbid = (select oid from pg_database where datname = current_database())";
         conflicts::one_bigint(enabled, &[])
-    })
+    });
+    counted.ok()
 }
 
 /// Runs a query that returns one bigint, in a transaction of its own that stays on this node: once for each text, which is
 /// its parameter, or once without. Returns the last number. `None` if it failed, which has been reported to the server's
 /// log, or if the extension is not there.
 fn run(query: &str, texts: &[Vec<u8>]) -> Option<i64> {
-    in_transaction(|| last_number(query, texts))
+    try_run(query, texts).ok()
 }
 
-/// Does something in a transaction that stays on this node. `None` also if it failed, which has been reported.
-fn in_transaction(work: impl FnOnce() -> Option<i64> + UnwindSafe) -> Option<i64> {
+/// As [`run`]; an error says whether trying again helps.
+fn try_run(query: &str, texts: &[Vec<u8>]) -> Result<i64, Failure> {
+    let written = in_transaction(|| last_number(query, texts));
+    if written.is_ok() {
+        HINDERED.store(false, Relaxed);
+    }
+    written
+}
+
+/// Does something in a transaction that stays on this node. An error has been reported.
+fn in_transaction(work: impl FnOnce() -> Option<i64> + UnwindSafe) -> Result<i64, Failure> {
     // SAFETY: the outermost frame of a process that is connected to a database; an ERROR is caught below.
     unsafe {
         pg_sys::SetCurrentStatementStartTimestamp();
@@ -319,15 +374,16 @@ fn in_transaction(work: impl FnOnce() -> Option<i64> + UnwindSafe) -> Option<i64
         Ok(value) => {
             // SAFETY: between transactions.
             unsafe { pg_sys::pgstat_report_stat(true) };
-            value
+            value.ok_or(Failure::Lasting)
         }
-        Err(message) => {
+        Err((message, failure)) => {
             // SAFETY: the error has been taken from PostgreSQL; this undoes everything since StartTransactionCommand().
             unsafe { pg_sys::AbortCurrentTransaction() };
-            if !is_ending() {
+            // Of what goes on for hours it is said once that it has begun.
+            if !is_ending() && !(HINDERED.swap(failure == Failure::Passing, Relaxed) && failure == Failure::Passing) {
                 pgrx::warning!("stillebot could not write its log of conflicts: {message}");
             }
-            None
+            Err(failure)
         }
     }
 }
@@ -360,6 +416,8 @@ fn last_number(query: &str, texts: &[Vec<u8>]) -> Option<i64> {
 static RUNNING: AtomicBool = AtomicBool::new(false);
 /// Whether what is running took too long already, and was cancelled in vain: functions of users may catch that.
 static OVERDUE: AtomicBool = AtomicBool::new(false);
+/// Whether what was last tried failed for a reason that passes.
+static HINDERED: AtomicBool = AtomicBool::new(false);
 
 /// SIGTERM: what is running ends, and then this process. pgrx's own handler would let the shutdown of the server wait for
 /// a user's function, which the rows of a conflict may call, for as long as that takes.
@@ -384,9 +442,10 @@ unsafe extern "C-unwind" fn cancel(signal: i32) {
     }
 }
 
-fn describe(error: &CaughtError) -> String {
-    match error {
-        CaughtError::PostgresError(report) | CaughtError::ErrorReport(report) => report.message().to_owned(),
-        CaughtError::RustPanic { ereport, .. } => ereport.message().to_owned(),
-    }
+fn describe(error: &CaughtError) -> (String, Failure) {
+    let report = match error {
+        CaughtError::PostgresError(report) | CaughtError::ErrorReport(report) => report,
+        CaughtError::RustPanic { ereport, .. } => ereport,
+    };
+    (report.message().to_owned(), Failure::of(report.sql_error_code()))
 }

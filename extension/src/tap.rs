@@ -22,7 +22,7 @@ use pgrx::pg_sys;
 use crate::event::{Delivery, push_change, push_frame};
 use crate::pgoutput::{self, Decoded, Message};
 use crate::shmem::{self, Queue};
-use crate::{compat, guc};
+use crate::{apply_log, compat, guc};
 
 /// Bytes of changes that are kept of one transaction.
 const KEPT: usize = 256 * 1024;
@@ -393,6 +393,11 @@ impl Tap {
     fn see(&mut self, message: &[u8]) -> bool {
         let Some(&kind) = message.first() else { return true };
         self.message = kind;
+        // SAFETY: a setting of this process.
+        if !apply_log::is_logged(pg_sys::PGERROR as c_int, unsafe { pg_sys::log_min_messages }) {
+            // Then nobody is told of an ERROR either.
+            self.listen();
+        }
         let in_stream = self.in_stream.is_some();
         match kind {
             b'I' | b'U' | b'D' | b'T' => return self.see_change(message),

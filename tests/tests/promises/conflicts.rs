@@ -443,6 +443,10 @@ async fn of_a_redacted_table_only_keys_are_told_and_of_no_connection_its_passwor
     for (text, scrubbed) in [
         ("host=h password=abc user=u", "host=h password=*** user=u"),
         ("password = 'it''s' port=1", "password = *** port=1"),
+        ("password=\"abc\" user=u", "password=*** user=u"),
+        (r"password=a\ abc\\ user=u", "password=*** user=u"),
+        ("password='a b' port=1", "password=*** port=1"),
+        ("password='left open abc", "password=***"),
         (r"password='a\'b' x", "password=*** x"),
         ("postgres://u:pw@h/d", "postgres://u:***@h/d"),
         ("nothing here", "nothing here"),
@@ -674,6 +678,101 @@ async fn a_conflict_whose_commit_follows_another_commit_at_once_stays_open() -> 
     call(sikorsky, &format!("stillebot_resolve({}, 'local')", id(&met))).await?;
     let there = wait_open(gideon, "insert_exists").await?;
     call(gideon, &format!("stillebot_resolve({}, 'remote')", id(&there))).await?;
+    settled(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_log_that_cannot_be_written_for_a_while_misses_nothing() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    cluster.expect_log("stillebot could not write its log of conflicts");
+    let gideon = cluster.node("gideon");
+    allow_missing(&cluster).await?;
+    let dropped = async || gideon.value::<i64>(DATABASE, "select multihome.dropped()").await;
+
+    // Longer than three attempts take.
+    let locker = gideon.superuser(DATABASE).await?;
+    locker.batch_execute("begin; lock table multihome.log").await?;
+    let began = Instant::now();
+    for key in 1..=3 {
+        miss(&cluster, key).await?;
+    }
+    tokio::time::sleep_until((began + Duration::from_secs(6)).into()).await;
+    locker.batch_execute("rollback").await?;
+    for key in 1..=3 {
+        let row = wait_conflict(gideon, "a missing row", is_of(key)).await?;
+        ensure!(row["remote_tuple"]["data"] == 1, "it came without its row: {row:#}");
+    }
+    let said = gideon.log().matches("could not write its log of conflicts").count();
+    ensure!((1..=4).contains(&said), "it was said {said} times");
+
+    // A disk that is full.
+    let full = "create function multihome.filled() returns trigger language plpgsql as
+                  $$ begin raise 'no space' using errcode = '53100'; end $$;
+                create trigger filled before insert on multihome.log for each row execute function multihome.filled()";
+    gideon.execute(DATABASE, full).await?;
+    miss(&cluster, 4).await?;
+    wait_until("it to be tried", PATIENCE, || async { Ok(gideon.log().contains("conflicts: no space").then_some(())) })
+        .await?;
+    gideon.execute(DATABASE, "drop function multihome.filled() cascade").await?;
+    wait_conflict(gideon, "a missing row", is_of(4)).await?;
+    ensure!(dropped().await? == 0);
+
+    // The extension goes while a batch is being written.
+    locker.batch_execute("begin; lock table multihome.log").await?;
+    miss(&cluster, 5).await?;
+    let waiting = async |what: &str, whom: &str| {
+        let query = format!("select count(*) > 0 from pg_stat_activity where wait_event_type = 'Lock' and {whom}");
+        wait_until(what, PATIENCE, || async { Ok(gideon.value::<bool>(DATABASE, &query).await?.then_some(())) }).await
+    };
+    waiting("the collector to wait", "backend_type = 'stillebot collector'").await?;
+    let dropper = gideon.superuser(DATABASE).await?;
+    let drop = tokio::spawn(async move { dropper.batch_execute("drop extension stillebot").await });
+    waiting("the drop to wait", "query like 'drop extension%'").await?;
+    locker.batch_execute("rollback").await?;
+    drop.await??;
+    gideon.execute(DATABASE, "create extension stillebot").await?;
+    miss(&cluster, 6).await?;
+    wait_conflict(gideon, "a missing row", is_of(6)).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_verb_does_not_wait_for_ever_for_a_row_that_another_session_has() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    cluster.expect_log(" 55P03 client backend");
+    // The row of the log is the verb's while it waits.
+    cluster.expect_log("stillebot could not write its log of conflicts");
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    apart(&cluster, "insert into stillebot.raids values (1, 1)", "insert into stillebot.raids values (1, 1)").await?;
+    let (here, there) = (wait_open(sikorsky, "insert_exists").await?, wait_open(gideon, "insert_exists").await?);
+    let holder = gideon.superuser(DATABASE).await?;
+    holder.batch_execute("begin; select * from stillebot.raids for update").await?;
+    let session = gideon.superuser(DATABASE).await?;
+    let resolve = format!("select stillebot_resolve({}, 'remote')", id(&there));
+    let error = session.batch_execute(&resolve).await.err().context("it was not refused")?;
+    let report = error.as_db_error().context("no answer")?;
+    ensure!(report.code().code() == "55P03", "{report:?}");
+    ensure!(report.message() == "a row of table stillebot.raids is locked by another session", "{report:?}");
+    holder.batch_execute("rollback").await?;
+    session.batch_execute(&resolve).await?;
+    call(sikorsky, &format!("stillebot_resolve({}, 'local')", id(&here))).await?;
+    settled(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn what_stops_apply_is_a_row_also_where_the_servers_log_has_no_errors() -> Result<()> {
+    let cluster = Cluster::builder().config("log_min_messages", "fatal").start().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    apart(&cluster, "insert into stillebot.raids values (1, 1)", "insert into stillebot.raids values (1, 1)").await?;
+    let (here, there) = (wait_open(sikorsky, "insert_exists").await?, wait_open(gideon, "insert_exists").await?);
+    for node in [sikorsky, gideon] {
+        ensure!(!node.log().contains("duplicate key"), "{}", node.log_tail(10));
+    }
+    call(gideon, &format!("stillebot_resolve({}, 'remote')", id(&there))).await?;
+    call(sikorsky, &format!("stillebot_resolve({}, 'local')", id(&here))).await?;
     settled(&cluster).await?;
     cluster.finish().await
 }

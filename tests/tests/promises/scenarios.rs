@@ -1128,3 +1128,238 @@ async fn a_row_that_is_too_long_for_the_log_is_cut_and_its_conflict_is_resolved_
     ensure!(gone["local_conflicts"][0]["tuple"]["data"].as_str().is_some_and(|data| data.len() == 320_002));
     cluster.finish().await
 }
+
+/// Everything that a node's log says, as one text.
+async fn everything(node: &Server) -> Result<String> {
+    node.value(DATABASE, "select coalesce(string_agg(l::text, ' '), '') from multihome.log l").await
+}
+
+#[tokio::test]
+async fn a_redacted_table_is_not_told_of_by_an_error_elsewhere_or_at_a_commit_or_out_of_a_file_or_by_a_partition()
+-> Result<()> {
+    let redact = "stillebot.secrets, stillebot.parted";
+    let cluster = Cluster::builder().config("stillebot.redact", redact).start().await?;
+    expect_errors(&cluster, &["23505", "P0001"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    create(
+        &cluster,
+        "create table secrets (id int primary key, name text unique);
+         create table parted (id int primary key, name text) partition by range (id);
+         create table leaf partition of parted for values from (0) to (1000);
+         create table plain (id int primary key, name text);",
+    )
+    .await?;
+    let quiet = async |what: &str| -> Result<Conflict> {
+        let row = wait_conflict(gideon, what, |row| row["status"] == "open" && row["blocking"] == true).await?;
+        let said = everything(gideon).await?;
+        ensure!(!said.contains("hush"), "{what}: {said}");
+        Ok(row)
+    };
+
+    // A partition, of which the list has the parent.
+    only_here(gideon, "insert into stillebot.parted values (1, 'hush here')").await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.parted values (1, 'hush there')").await?;
+    let row = quiet("the partition").await?;
+    ensure!(row["relname"] == "leaf" && row["replica_identity"] == json!({"id": 1}), "{row:#}");
+    ensure!(row["remote_tuple"].is_null() && row["tuple_complete"].is_null(), "{row:#}");
+    resolve(gideon, &row, "remote").await?;
+    settled(&cluster).await?;
+
+    // A trigger on another table.
+    let trigger = "create function stillebot.also() returns trigger language plpgsql as
+                     $$ begin insert into stillebot.secrets values (new.id, 'hush'); return new; end $$;
+                   create trigger also after insert on stillebot.plain for each row execute function stillebot.also();
+                   alter table stillebot.plain enable replica trigger also;";
+    gideon.execute(DATABASE, trigger).await?;
+    only_here(gideon, "insert into stillebot.secrets values (1, 'hush')").await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.plain values (2, 'open')").await?;
+    let row = quiet("the trigger").await?;
+    ensure!(row["conflict_type"] == "apply_error" && row["constraint_name"] == "secrets_name_key", "{row:#}");
+    ensure!(row["detail"].is_null() && row["context"].is_null() && row["sqlstate"] == "23505", "{row:#}");
+    only_here(gideon, "delete from stillebot.secrets").await?;
+    settled_here(&cluster).await?;
+    gideon.execute(DATABASE, "drop trigger also on stillebot.plain").await?;
+
+    // What is checked at the commit: which change it was of, nobody knows.
+    let deferred = "create function stillebot.no() returns trigger language plpgsql as
+                      $$ begin raise 'not %', new.name; end $$;
+                    create constraint trigger no after insert on stillebot.secrets deferrable initially deferred
+                      for each row execute function stillebot.no();
+                    alter table stillebot.secrets enable replica trigger no;";
+    gideon.execute(DATABASE, deferred).await?;
+    // As a table's owner, which is the default, apply cannot defer anything.
+    gideon.execute(DATABASE, "alter subscription multihome set (run_as_owner = true)").await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.secrets values (3, 'hush 3')").await?;
+    let row = quiet("the commit").await?;
+    ensure!(row["operation"] == "commit" && row["sqlstate"] == "P0001", "{row:#}");
+    ensure!(row["message"].as_str().is_some_and(|message| message.contains("text withheld")), "{row:#}");
+    gideon.execute(DATABASE, "drop trigger no on stillebot.secrets").await?;
+    settled_here(&cluster).await?;
+
+    // Out of a file, past what is kept of it.
+    sikorsky.config(&[("logical_decoding_work_mem", "64kB")]).await?;
+    only_here(gideon, "insert into stillebot.secrets values (4, 'hush 4')").await?;
+    sikorsky
+        .execute(
+            DATABASE,
+            "begin; insert into stillebot.raids select 1, i from generate_series(1, 10000) i;
+             insert into stillebot.secrets values (4, 'hush there'); commit",
+        )
+        .await?;
+    let row = quiet("the file").await?;
+    ensure!(row["transaction_kind"] == "streamed" && row["relname"] == "secrets", "{row:#}");
+    ensure!(row["detail"].is_null(), "{row:#}");
+    only_here(gideon, "delete from stillebot.secrets where id = 4").await?;
+    settled_here(&cluster).await?;
+    cluster.finish().await
+}
+
+/// Waits until apply has got past everything, whatever the nodes' rows.
+async fn settled_here(cluster: &Cluster) -> Result<()> {
+    let gideon = cluster.node("gideon");
+    gideon.execute(DATABASE, "select multihome.restart_apply('multihome')").await?;
+    wait_until("no open conflict", PATIENCE, || async {
+        Ok((count(gideon, "multihome.conflicts where status = 'open'").await? == 0).then_some(()))
+    })
+    .await?;
+    cluster.wait_applied("sikorsky", "gideon").await
+}
+
+#[tokio::test]
+async fn a_streamed_conflict_past_what_is_kept_says_its_table_and_is_resolved_when_it_comes_again_unstreamed()
+-> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    sikorsky.config(&[("logical_decoding_work_mem", "64kB")]).await?;
+    for (key, keep) in [(1, "local"), (2, "remote")] {
+        only_here(gideon, &format!("insert into stillebot.config values ({key}, 'k', '\"gideon\"')")).await?;
+        sikorsky
+            .execute(
+                DATABASE,
+                &format!(
+                    "begin; insert into stillebot.raids select {key}, i from generate_series(1, 10000) i;
+                     insert into stillebot.config values ({key}, 'k', '\"sikorsky\"'); commit"
+                ),
+            )
+            .await?;
+        let row = wait_table(gideon, "config").await?;
+        ensure!(row["conflict_type"] == "insert_exists" && row["transaction_kind"] == "streamed", "{row:#}");
+        ensure!(row["operation"] == "insert" && row["change_number"].is_null(), "{row:#}");
+        ensure!(row["remote_tuple"].is_null() && row["changes_complete"] == false, "{row:#}");
+        for keep in ["remote", "local", "newest"] {
+            let reason = refused(gideon, &format!("stillebot_resolve({}, '{keep}')", id(&row)), "55000").await?;
+            ensure!(reason.contains("ALTER SUBSCRIPTION multihome SET (streaming = off)"), "{reason}");
+        }
+        gideon.execute(DATABASE, "alter subscription multihome set (streaming = off)").await?;
+        let whole = wait_conflict(gideon, "the change", |now| now["id"] == row["id"] && now["change_number"] == 10_001);
+        let whole = whole.await?;
+        ensure!(whole["transaction_kind"] == "plain" && whole["remote_tuple"]["data"] == "sikorsky", "{whole:#}");
+        ensure!(
+            whole["local_conflicts"][0]["tuple"]["data"] == "gideon" && whole["tuple_complete"] == true,
+            "{whole:#}"
+        );
+        resolve(gideon, &whole, keep).await?;
+        cluster.wait_applied("sikorsky", "gideon").await?;
+        let kept =
+            text(gideon, &format!("select data #>> '{{}}' from stillebot.config where twitchid = {key}")).await?;
+        ensure!(kept.as_deref() == Some(if keep == "local" { "gideon" } else { "sikorsky" }), "{kept:?}");
+        sikorsky.execute(DATABASE, "update stillebot.config set data = data").await?;
+        gideon.execute(DATABASE, "alter subscription multihome set (streaming = on)").await?;
+    }
+    settled(&cluster).await?;
+    ensure!(count(gideon, "stillebot.raids").await? == 20_000 && conflicts(gideon).await?.len() == 2);
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_conflict_of_a_copy_that_catches_up_stays_open_while_its_table_is_stuck_and_says_what_helps() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    for node in [sikorsky, gideon] {
+        node.execute(DATABASE, "set role rosuav; create table stillebot.copied (id int primary key, name text)")
+            .await?;
+    }
+    // The copy has its snapshot, and waits at its first row.
+    let wait = "create function stillebot.wait() returns trigger language plpgsql as
+                  $$ begin perform pg_advisory_xact_lock_shared(7); return new; end $$;
+                create trigger wait before insert on stillebot.copied for each row execute function stillebot.wait();
+                alter table stillebot.copied enable replica trigger wait;";
+    gideon.execute(DATABASE, wait).await?;
+    let gate = gideon.superuser(DATABASE).await?;
+    gate.batch_execute("select pg_advisory_lock(7)").await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.copied values (1, 'sikorsky')").await?;
+    gideon.execute(DATABASE, "select multihome.refresh(true)").await?;
+    wait_until("the copy to wait", PATIENCE, || async {
+        let waiting = count(gideon, "pg_stat_activity where wait_event = 'advisory'").await?;
+        Ok((waiting == 1).then_some(()))
+    })
+    .await?;
+    gideon.execute(DATABASE, "insert into stillebot.copied values (2, 'gideon')").await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.copied values (2, 'sikorsky')").await?;
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    gate.batch_execute("select pg_advisory_unlock(7)").await?;
+    let row = wait_table(gideon, "copied").await?;
+    ensure!(row["conflict_type"] == "insert_exists" && row["transaction_kind"] == "plain", "{row:#}");
+    ensure!(row["local_conflicts"][0]["tuple"]["name"] == "gideon" && row["remote_commit_lsn"].is_string(), "{row:#}");
+    // All else goes on meanwhile, beyond that transaction.
+    sikorsky.execute(DATABASE, "insert into stillebot.raids values (1, 1)").await?;
+    wait_until("the row", PATIENCE, || async { Ok((count(gideon, "stillebot.raids").await? == 1).then_some(())) })
+        .await?;
+    let again = wait_conflict(gideon, "the same again", |now| now["occurrences"].as_i64() > Some(1)).await?;
+    ensure!(again["id"] == row["id"] && again["status"] == "open" && again["blocking"] == true, "{again:#}");
+    let reason = refused(gideon, &format!("stillebot_skip({})", id(&row)), "55000").await?;
+    ensure!(reason.contains("stops the copy of table stillebot.copied only"), "{reason}");
+    let reason = refused(gideon, &format!("stillebot_resolve({}, 'local')", id(&row)), "55000").await?;
+    ensure!(reason.contains("being copied"), "{reason}");
+    resolve(gideon, &row, "remote").await?;
+    wait_until("the copy to end", PATIENCE, || async {
+        Ok((count(gideon, "pg_subscription_rel where srsubstate <> 'r'").await? == 0).then_some(()))
+    })
+    .await?;
+    sikorsky.execute(DATABASE, "select multihome.refresh(false)").await?;
+    settled(&cluster).await?;
+    ensure!(
+        text(gideon, "select string_agg(name, ' ') from stillebot.copied").await?.as_deref()
+            == Some("sikorsky sikorsky")
+    );
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_deleted_row_that_came_back_is_left_open_for_the_nodes_may_differ() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    sikorsky.execute(DATABASE, "insert into stillebot.raids values (1, 1), (2, 2)").await?;
+    cluster.wait_replicated().await?;
+    apart(
+        &cluster,
+        "delete from stillebot.raids",
+        "begin; delete from stillebot.raids; insert into stillebot.raids values (1, 1, '\"again\"'); commit",
+    )
+    .await?;
+    let row = wait_conflict(sikorsky, "the row that came back", |row| row["status"] == "open").await?;
+    ensure!(row["conflict_type"] == "delete_missing" && row["blocking"] == false, "{row:#}");
+    ensure!(row["replica_identity"]["fromid"] == 1, "{row:#}");
+    ensure!(row["resolution"].as_str().is_some_and(|words| words.contains("the nodes may differ")), "{row:#}");
+    ensure!(row["resolved_at"].is_null() && row["resolved_by"].is_null(), "{row:#}");
+    let other = wait_conflict(sikorsky, "the other one", |row| row["replica_identity"]["fromid"] == 2).await?;
+    ensure!(other["status"] == "resolved", "{other:#}");
+    ensure!(other["resolution"] == "nothing to do: the row was gone here already", "{other:#}");
+
+    let reason = refused(sikorsky, &format!("stillebot_resolve({}, 'remote')", id(&row)), "55000").await?;
+    ensure!(reason.contains("DELETE and INSERT it here"), "{reason}");
+    cluster.wait_replicated().await?;
+    ensure!(count(sikorsky, "stillebot.raids").await? == 1 && count(gideon, "stillebot.raids").await? == 0);
+    let anew = "begin; create temp table kept as select * from stillebot.raids; delete from stillebot.raids;
+                insert into stillebot.raids select * from kept; commit";
+    sikorsky.execute(DATABASE, anew).await?;
+    resolve(sikorsky, &row, "local").await?;
+    // There it looks the same: a deletion that finds nothing, and the row is there.
+    let there = wait_conflict(gideon, "the row that came back", |row| row["status"] == "open").await?;
+    resolve(gideon, &there, "local").await?;
+    settled(&cluster).await?;
+    ensure!(count(gideon, "stillebot.raids").await? == 1);
+    cluster.finish().await
+}
