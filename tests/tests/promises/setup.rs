@@ -121,12 +121,17 @@ async fn count(node: &Server, table: &str) -> Result<i64> {
 #[tokio::test]
 async fn two_fresh_servers_become_a_pair_and_a_second_init_has_nothing_to_do() -> Result<()> {
     let cluster = bare().start().await?;
+    cluster.configure_agent("\n[schema]\nrole = \"rosuav\"\n")?;
     let run = init(&cluster, &["--yes"]).await?.expect_code(0)?;
     ensure!(run.json["outcome"] == "done", "{run:#?}");
     let proof = run.json["proof"].as_array().context("no proof")?;
     ensure!(proof.len() == 2 && proof.iter().all(|way| way["by"] == "row"), "{run:#?}");
     ensure!(runs::writable(&cluster).await?.len() == 2, "a node was left closed");
     assert_replicates(&cluster).await?;
+    for node in cluster.nodes() {
+        let acts = "select pg_has_role('stillebot_agent', 'rosuav', 'set') and not pg_has_role('stillebot_agent', 'rosuav', 'usage')";
+        ensure!(node.value::<bool>(DATABASE, acts).await?, "the agent may not act as the tables' owner, or is it");
+    }
 
     let again = init(&cluster, &["--yes"]).await?.expect_code(0)?;
     ensure!(again.json["outcome"] == "nothing_to_do", "{again:#?}");
