@@ -198,7 +198,9 @@ async fn the_remedy_does_not_depend_on_the_language_of_messages() -> Result<()> 
             "remote_commit_lsn": "0/1", "transaction_kind": if number.is_some() { "plain" } else { "streamed" },
             "changes": [{"change_number": 1, "operation": "insert", "schemaname": "public", "relname": table}],
             "relations": [{"schemaname": "public", "relname": table, "identity": "d", "columns": [column("id", true), column("n", false)]}]});
-        number.map(|number| event["change_number"] = number.into());
+        if let Some(number) = number {
+            event["change_number"] = number.into();
+        }
         event
     };
     let unknown = json!([{"name": "m", "key": false, "type": 16500, "typmod": -1}]);
