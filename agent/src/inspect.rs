@@ -533,7 +533,12 @@ mod tests {
         case.file = Some(Err("the key does not belong to the certificate".into()));
         assert_says(
             &case,
-            &[("server", Level::Error, "not issued for a.net"), ("file /etc/c.pem", Level::Error, "does not belong")],
+            &[
+                ("server", Level::Error, "not issued for a.net"),
+                // Neither what is served nor what is in the file says what that serial is.
+                ("subscription from b", Level::Unknown, "until when cannot be seen from here"),
+                ("file /etc/c.pem", Level::Error, "does not belong"),
+            ],
         );
     }
 
