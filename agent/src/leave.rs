@@ -113,8 +113,18 @@ pub fn plan(config: &Config, nodes: &BTreeMap<String, Seen>, wish: Wish) -> Plan
         } else if seen.survey.identity.is_some() {
             plan.steps.push(run(node, "select multihome.forget_identity()", "it belongs to no set of nodes any more"));
         }
-        for (role, owned) in seen.owned.iter().filter(|_| wish.roles) {
-            if *owned > 0 {
+        if seen.survey.settings.get("stillebot.node").is_some_and(|setting| setting.altered) {
+            plan.steps.push(run(
+                node,
+                "alter system reset stillebot.node",
+                "it was given its name by ALTER SYSTEM, as init does",
+            ));
+            plan.steps.push(run(node, "select pg_catalog.pg_reload_conf()", "so that this is in force"));
+        }
+        for (role, owned) in &seen.owned {
+            if !wish.roles {
+                plan.stays.push(format!("role {role} on {node}, which --roles would drop"));
+            } else if *owned > 0 {
                 plan.stays.push(format!("role {role} on {node}, which owns {owned} things"));
             } else {
                 plan.steps.push(run(
@@ -192,7 +202,19 @@ mod tests {
                 "b: drop extension stillebot;",
             ]
         );
-        assert!(plan.stays.is_empty());
+        let stay = ["agent on a", "replicator on a", "agent on b", "replicator on b"];
+        assert_eq!(plan.stays, stay.map(|role| format!("role {role}, which --roles would drop")));
+    }
+
+    #[test]
+    fn a_name_that_was_given_by_alter_system_goes_too() {
+        let config = config(2);
+        let mut nodes: BTreeMap<String, Seen> = ["a", "b"].map(|node| (node.to_owned(), seen(&config, node))).into();
+        let setting = crate::survey::Setting { altered: true, ..Default::default() };
+        nodes.get_mut("b").unwrap().survey.settings.insert("stillebot.node".into(), setting);
+        let plan = plan(&config, &nodes, Wish::default());
+        let lines: Vec<String> = lines(&plan).into_iter().filter(|line| line.contains("stillebot.node")).collect();
+        assert_eq!(lines, ["b: alter system reset stillebot.node;"]);
     }
 
     #[test]

@@ -119,7 +119,7 @@ pub unsafe fn connect(arguments: ConnectArguments) -> *mut pg_sys::WalReceiverCo
 
 /// Whether the WAL of the publisher ends before what is applied here of it. What it sends is flushed there, so that cannot be
 /// unless it has been rolled back, or lost its WAL. Core would have it begin at the position asked for, and what it writes
-/// until it comes there would never be sent.
+/// until it comes there would never be sent. A standby that was restarted may have more than it says, and loses nothing.
 ///
 /// # Safety
 /// `connection` is live and logical.
@@ -127,8 +127,8 @@ unsafe fn ends_before(connection: *mut pg_sys::WalReceiverConn, applied: u64) ->
     let mut query = [0u8; 256];
     let written = write!(
         &mut query[..255],
-        "select where case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_receive_lsn() \
-         else pg_catalog.pg_current_wal_flush_lsn() end < '{:X}/{:X}'",
+        "select where case when pg_catalog.pg_is_in_recovery() then false \
+         else pg_catalog.pg_current_wal_flush_lsn() < '{:X}/{:X}' end",
         applied >> 32,
         applied & 0xffff_ffff,
     );

@@ -18,6 +18,8 @@ use super::{Context, IN_THE_WAY, Reply, UP_BOUND, WRITE_BOUND};
 use crate::check::{self, Finding, Seen as Looked};
 use crate::cli::Init;
 use crate::config::Node;
+use crate::connection;
+use crate::conninfo::Conninfo;
 use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts;
 use crate::failure::{Failure, Kind};
@@ -64,9 +66,10 @@ pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
         closed: BTreeSet::new(),
         proof: Vec::new(),
     };
-    let (plan, colliding) = work.look().await?;
+    let Found { plan, colliding, concerns } = work.look().await?;
+    let worries = worries(&concerns);
     if plan.steps.is_empty() {
-        let json = json!({"command": "init", "outcome": "nothing_to_do", "steps": []});
+        let json = json!({"command": "init", "outcome": "nothing_to_do", "steps": [], "concerns": concerns});
         let reply = Reply::done("nothing to do: the nodes replicate to each other as configured", json);
         return with_keys(work, reply, &colliding).await;
     }
@@ -74,8 +77,9 @@ pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
     if let Some(more) = about_keys(&colliding, options.stride) {
         text = format!("{}\n{more}", text.trim_end());
     }
+    text = format!("{}\n{worries}", text.trim_end());
     if options.dry_run {
-        let json = json!({"command": "init", "outcome": "dry_run", "plan": plan});
+        let json = json!({"command": "init", "outcome": "dry_run", "plan": plan, "concerns": concerns});
         return Ok(Reply::done(text, json));
     }
     consent(context, &text, options.yes)?;
@@ -89,11 +93,17 @@ pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
             for proof in &work.proof {
                 let _ = writeln!(text, "{proof}");
             }
+            let shut_out = work.shut_out().await;
+            for line in shut_out.values() {
+                let _ = writeln!(text, "{line}");
+            }
             let _ = write!(text, "done in {:.1} s", began.elapsed().as_secs_f64());
             let json = json!({
                 "command": "init",
                 "outcome": "done",
                 "plan": plan,
+                "concerns": concerns,
+                "agent_shut_out": shut_out,
                 "proof": work.proof.iter().map(Proof::json).collect::<Vec<_>>(),
                 "seconds": began.elapsed().as_secs_f64(),
             });
@@ -101,6 +111,30 @@ pub async fn run(context: &Context, options: &Init) -> Result<Reply, Failure> {
         }
         Err(failure) => Err(work.stands(failure, &plan)),
     }
+}
+
+/// What a look at all nodes comes to.
+struct Found {
+    plan: Plan,
+    /// The columns whose keys two nodes would hand out both.
+    colliding: BTreeSet<String>,
+    /// What stays as it is.
+    concerns: Vec<Finding>,
+}
+
+/// What is said of what stays as it is.
+fn worries(concerns: &[Finding]) -> String {
+    let mut text = String::new();
+    for finding in concerns {
+        if text.is_empty() {
+            text.push_str("what init leaves as it is:\n");
+        }
+        let _ = writeln!(text, "  {}: {}", finding.node, finding.title());
+        for line in finding.mending() {
+            let _ = writeln!(text, "      {line}");
+        }
+    }
+    text
 }
 
 /// What is said of keys that come from sequences, and from the same ones on all nodes.
@@ -193,8 +227,7 @@ impl<'a> Work<'a> {
 
     // ---- looking ----
 
-    /// The plan; and the columns whose keys two nodes would hand out both.
-    async fn look(&self) -> Result<(Plan, BTreeSet<String>), Failure> {
+    async fn look(&self) -> Result<Found, Failure> {
         let config = &self.context.config;
         let mut surveys: BTreeMap<String, Survey> = BTreeMap::new();
         let mut places = BTreeMap::new();
@@ -205,6 +238,7 @@ impl<'a> Work<'a> {
         }
         let findings: Vec<Finding> = check::findings(&Looked { config, surveys: &surveys, places: &places });
         setup::preconditions(&findings).map_err(refused)?;
+        self.files().await?;
         let mut nodes = BTreeMap::new();
         let mut wish = Wish {
             from: self.options.from.clone(),
@@ -231,7 +265,32 @@ impl<'a> Work<'a> {
         }
         let colliding =
             findings.iter().filter(|f| f.subject == "sequence_key").filter_map(|f| f.about.clone()).collect();
-        Ok((setup::plan(config, &nodes, &findings, &wish).map_err(refused)?, colliding))
+        let plan = setup::plan(config, &nodes, &findings, &wish).map_err(refused)?;
+        let concerns = setup::concerns(&findings, &plan);
+        Ok(Found { plan, colliding, concerns })
+    }
+
+    /// What subscriptions are to connect with is on the servers' hosts.
+    async fn files(&self) -> Result<(), Failure> {
+        let config = &self.context.config;
+        let mut missing = BTreeSet::new();
+        for node in self.nodes() {
+            let session = self.session(&node.name)?;
+            for peer in config.peers(&node.name) {
+                for file in connection::files(&Conninfo::wanted(config, node, peer)) {
+                    if session.row(sql::FILE_MISSING, &[&file], LOOK_BOUND).await?.get("missing") {
+                        missing.insert(format!("{} has no file {file}", node.name));
+                    }
+                }
+            }
+        }
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let message = "files that subscriptions are to connect with are missing; nothing was changed";
+        Err(Failure::new(Kind::Undone, message)
+            .detail(missing.into_iter().collect::<Vec<_>>().join("\n"))
+            .hint("put them on that host, where the server may read them; or name others under [replication], or [node.replication]"))
     }
 
     /// Counts the rows of a node.
@@ -655,6 +714,20 @@ impl<'a> Work<'a> {
     }
 
     // ---- how it ends ----
+
+    /// The nodes that the agent does not get into as itself, with why: set-up may have come another way.
+    async fn shut_out(&self) -> BTreeMap<&str, String> {
+        let tries = self.nodes().iter().map(|node| self.context.visit(node, LOOK_BOUND, async |_| Ok(())));
+        let tried = self.nodes().iter().zip(join_all(tries).await);
+        tried
+            .filter_map(|(node, result)| {
+                let error = result.err()?;
+                let hint = error.hint.as_deref().map(|hint| format!("; {hint}")).unwrap_or_default();
+                let line = format!("the agent itself does not get into {error}{hint}; see `stillebot-agent check`");
+                Some((node.name.as_str(), line))
+            })
+            .collect()
+    }
 
     /// What a run that did not come to its end has left.
     fn stands(&self, failure: Failure, plan: &Plan) -> Failure {

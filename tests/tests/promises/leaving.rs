@@ -72,6 +72,30 @@ async fn deinit_takes_away_what_init_made_and_leaves_the_rows() -> Result<()> {
 }
 
 #[tokio::test]
+async fn deinit_takes_back_the_name_that_init_gave_a_server_and_says_which_roles_stay() -> Result<()> {
+    let cluster = Cluster::builder().bare().config("stillebot.node", "").start().await?;
+    cluster.expect_log("terminating logical replication worker due to administrator command");
+    cluster.expect_log(" 55006 ");
+    admin(&cluster, "init", &["--yes"]).await?.expect_code(0)?;
+    let gideon = cluster.node("gideon");
+    let name = "select current_setting('stillebot.node')";
+    wait_until("its name to be in force", PATIENCE, || async {
+        Ok((gideon.value::<String>(DATABASE, name).await? == "gideon").then_some(()))
+    })
+    .await?;
+    let run = deinit(&cluster, &["--yes"]).await?.expect_code(0)?;
+    let stays = run.json["plan"]["stays"].to_string();
+    for role in ["stillebot_agent on sikorsky", "replicator on gideon"] {
+        ensure!(stays.contains(&format!("role {role}, which --roles would drop")), "{run:#?}");
+    }
+    let altered = "select count(*) from pg_file_settings where sourcefile like '%auto.conf'";
+    for node in cluster.nodes() {
+        ensure!(node.value::<i64>(DATABASE, altered).await? == 0, "{} keeps its name", node.name());
+    }
+    cluster.finish().await
+}
+
+#[tokio::test]
 async fn deinit_refuses_where_a_node_is_down_or_away_unless_forced_and_says_what_stays() -> Result<()> {
     let cluster = initiated(2).await?;
     let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));

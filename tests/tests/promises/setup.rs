@@ -1,5 +1,6 @@
 //! `stillebot-agent init`: servers that nobody has set up become nodes that replicate, and no row is lost on the way.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::process::Stdio;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use serde_json::Value;
 use stillebot_tests::cluster::{DATABASE, active_name};
 use stillebot_tests::{Cluster, ClusterBuilder, Rows, Server, Workload, WorkloadOptions, wait_until};
 use tokio::io::AsyncWriteExt as _;
+use tokio::process::Command;
 
 use crate::PATIENCE;
 use crate::runs::{self, Run, Started, agent};
@@ -226,6 +228,133 @@ async fn different_rows_are_refused_with_tables_and_counts_and_nothing_is_change
     }
     ensure!(count(&cluster.nodes()[0], "config").await? == 1000, "rows were lost");
     ensure!(count(&cluster.nodes()[1], "config").await? == 400, "rows were lost");
+    cluster.finish().await
+}
+
+/// `init` through the servers' sockets.
+async fn init_through_sockets(cluster: &Cluster, more: &[&str]) -> Result<Run> {
+    let places = cluster
+        .nodes()
+        .iter()
+        .map(|node| format!("--via={}={}:{}", node.name(), node.socket_directory().display(), node.port()));
+    let words: Vec<String> = std::iter::once("init".to_owned()).chain(places).collect();
+    agent(cluster, &words.iter().map(String::as_str).chain(more.iter().copied()).collect::<Vec<_>>()).await
+}
+
+#[tokio::test]
+async fn what_init_leaves_as_it_is_is_told_with_the_plan() -> Result<()> {
+    // Without a bound of WAL that slots keep.
+    let cluster = Cluster::builder().bare().start().await?;
+    for node in cluster.nodes() {
+        node.execute(DATABASE, "create unlogged table stillebot.scratch (a integer primary key)").await?;
+    }
+    let run = init(&cluster, &["--dry-run"]).await?.expect_code(0)?;
+    let concerns = run.json["concerns"].as_array().context("no concerns")?;
+    let told: BTreeSet<&str> = concerns.iter().filter_map(|finding| finding["subject"].as_str()).collect();
+    ensure!(told == BTreeSet::from(["max_slot_wal_keep_size", "unlogged_table"]), "{concerns:#?}");
+    let words = cluster.as_admin("init", &["--dry-run"]);
+    let shown = cluster.agent(&words.iter().map(String::as_str).collect::<Vec<_>>()).await?.expect_code(0)?.stdout;
+    for line in [
+        "what init leaves as it is:",
+        "  sikorsky: unlogged_table stillebot.scratch: unlogged: nothing of it is replicated",
+        "      mend:   alter table stillebot.scratch set logged;",
+        "  gideon: max_slot_wal_keep_size: no bound",
+    ] {
+        ensure!(shown.lines().any(|found| found == line), "no {line:?} in {shown}");
+    }
+    let run = init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    ensure!(run.json["concerns"].as_array().is_some_and(|all| all.len() == 4), "{run:#?}");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn files_that_a_server_does_not_have_are_told_before_anything_is_done() -> Result<()> {
+    let cluster = bare().start().await?;
+    let key = cluster.node("gideon").socket_directory().join("tls/server-as-replicator.key");
+    let away = key.with_extension("away");
+    fs::rename(&key, &away)?;
+    let before = all_made(&cluster).await?;
+    let run = init(&cluster, &["--yes"]).await?.expect_code(1)?;
+    ensure!(run.json["detail"] == format!("gideon has no file {}", key.display()), "{run:#?}");
+    ensure!(all_made(&cluster).await? == before, "something was changed");
+    fs::rename(&away, &key)?;
+    init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn who_set_up_through_sockets_is_told_where_the_agent_does_not_get_in() -> Result<()> {
+    let cluster = bare().start().await?;
+    cluster.expect_log(" 28000 ");
+    let gideon = cluster.node("gideon");
+    let path = gideon.data_directory().join("pg_hba.conf");
+    let good = fs::read_to_string(&path)?;
+    fs::write(&path, format!("hostssl all stillebot_agent all reject\n{good}"))?;
+    gideon.reload().await?;
+    let run = init_through_sockets(&cluster, &["--yes"]).await?.expect_code(0)?;
+    let shut_out = run.json["agent_shut_out"].as_object().context("no such thing")?;
+    ensure!(shut_out.len() == 1, "{run:#?}");
+    let said = shut_out["gideon"].as_str().unwrap_or_default();
+    ensure!(said.starts_with("the agent itself does not get into gideon") && said.contains("check"), "{said}");
+    fs::write(&path, good)?;
+    gideon.reload().await?;
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn what_is_under_way_among_nodes_that_replicate_is_no_difference_to_a_third() -> Result<()> {
+    let cluster = bare().nodes(3).direct().start().await?;
+    cluster.expect_log("terminating logical replication worker due to administrator command");
+    cluster.expect_log(" 55006 "); // A worker is back before the one before it has let go.
+    cluster.agent_knows(&["sikorsky", "gideon"])?;
+    init(&cluster, &["--yes"]).await?.expect_code(0)?;
+    // What gideon has, and sikorsky will have: rodan has it already.
+    cluster.node("sikorsky").execute(DATABASE, "alter subscription multihome disable").await?;
+    let rows = "insert into stillebot.config select n, 'same', jsonb_build_object('text', repeat(md5(n::text), 8))
+                  from generate_series(1, 40000) n";
+    for node in ["gideon", "rodan"] {
+        cluster.node(node).execute(DATABASE, rows).await?;
+    }
+    cluster.agent_knows(&["sikorsky", "gideon", "rodan"])?;
+    init(&cluster, &["--yes", "--assume-identical"]).await?.expect_code(0)?;
+    assert_replicates(&cluster).await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn on_a_terminal_a_copy_has_bars_with_rows_and_a_percentage() -> Result<()> {
+    let cluster = bare().start().await?;
+    fill(&cluster.nodes()[0], 4000).await?;
+    cluster.nodes()[0].execute(DATABASE, "analyze stillebot.config").await?;
+    // A copy that takes two seconds.
+    let slowly = "create function stillebot.slowly() returns trigger language plpgsql as
+                    $$ begin perform pg_sleep(0.05); return new; end $$;
+                  create trigger slowly before insert on stillebot.config for each row when (new.twitchid % 100 = 0)
+                    execute function stillebot.slowly();
+                  alter table stillebot.config enable always trigger slowly";
+    cluster.node("gideon").execute(DATABASE, slowly).await?;
+    let words = cluster.as_admin("init", &["--yes"]);
+    let plain = cluster.agent_command(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    let plain = plain.as_std();
+    let quoted = |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy());
+    let command: Vec<String> = std::iter::once(plain.get_program()).chain(plain.get_args()).map(quoted).collect();
+    // It gives what it runs a terminal.
+    let mut script = Command::new("script");
+    script.args(["-qefc", &format!("stty cols 160; {}", command.join(" ")), "/dev/null"]);
+    script.env("TERM", "xterm").stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(2 * PATIENCE, script.output()).await.context("it stands still")??;
+    let shown = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success() && shown.contains("done in"), "{shown}");
+    let bars: Vec<&str> = shown
+        .split(['\r', '\n'])
+        .filter(|line| line.contains("stillebot.config") && line.contains(" rows, "))
+        .collect();
+    let percent = |bar: &&str| {
+        let before = bar.split(" %").next().and_then(|text| text.split_whitespace().last());
+        before.and_then(|text| text.parse::<u32>().ok()).is_some_and(|number| (1..=99).contains(&number))
+    };
+    ensure!(bars.iter().any(percent), "no bar of a copy half-way: {shown:?}");
     cluster.finish().await
 }
 
@@ -472,7 +601,7 @@ async fn at_a_terminal(cluster: &Cluster, words: &[String], typed: &str) -> Resu
         .chain(command.as_std().get_args())
         .map(|word| format!("'{}'", word.to_string_lossy()))
         .collect();
-    let mut script = tokio::process::Command::new("script");
+    let mut script = Command::new("script");
     script.args(["--quiet", "--return", "--command", &line.join(" "), "/dev/null"]).kill_on_drop(true);
     let mut child = script.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let mut keyboard = child.stdin.take().context("no stdin")?;
