@@ -1034,3 +1034,8 @@ revoke execute on function public.stillebot_adopt_identity(boolean) from public;
 comment on function public.stillebot_adopt_identity(boolean) is
 'Makes this copy of a node the node itself: after the original is gone for good, its data directory was moved, or pg_upgrade. Never while the original runs;
 force: although a publisher cannot be asked whether it does. Its subscriptions are enabled again; the database stays down. Returns what to do next.';
+
+-- Answers that were not followed through on the other nodes: the agent looks for them.
+
+create index log_kept on multihome.log (node) where status = 'resolved' and resolution like 'kept %';
+comment on index multihome.log_kept is 'Conflicts that were answered on this node, and whose nodes have not been compared since.';

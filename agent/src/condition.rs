@@ -32,6 +32,13 @@ pub enum Subject {
         /// Which one.
         certificate: String,
     },
+    /// Conflicts of one table, on the node that met them.
+    Table {
+        /// The node.
+        node: String,
+        /// The table.
+        table: String,
+    },
     /// Replication from one node to another.
     Direction {
         /// Where it was written.
@@ -47,6 +54,7 @@ impl fmt::Display for Subject {
             Self::Node { node } => f.write_str(node),
             Self::Slot { node, slot } => write!(f, "slot {slot} on {node}"),
             Self::Certificate { node, certificate } => write!(f, "certificate ({certificate}) of {node}"),
+            Self::Table { node, table } => write!(f, "{table} on {node}"),
             Self::Direction { from, to } => write!(f, "{from} -> {to}"),
         }
     }
@@ -134,6 +142,15 @@ pub enum Condition {
         /// When it has caught up if it goes on as it does.
         catch_up: CatchUp,
     },
+    /// Conflicts that no rule resolves are open.
+    Unresolved {
+        /// The first of them.
+        conflict: i64,
+        /// How many there are.
+        conflicts: usize,
+        /// Why the first one is left to a person.
+        why: String,
+    },
     /// A certificate expires soon, is not verified, or is not the one that is served.
     Certificate {
         /// In words.
@@ -193,6 +210,7 @@ impl Condition {
             Self::SlotInactive { .. } => "slot_inactive",
             Self::Stalled { .. } => "stalled",
             Self::Slow { .. } => "slow",
+            Self::Unresolved { .. } => "unresolved",
             Self::Certificate { .. } => "certificate",
             Self::WalKept { .. } => "wal_kept",
         }
@@ -286,6 +304,13 @@ impl fmt::Display for Condition {
                 }
             }
             Self::Disconnected { evidence } => f.write_str(evidence),
+            Self::Unresolved { conflict, conflicts, why } => {
+                write!(f, "conflict {conflict}")?;
+                if *conflicts > 1 {
+                    write!(f, " (and {} more)", conflicts - 1)?;
+                }
+                write!(f, " is left to a person: {why}")
+            }
             Self::SlotInactive { slot } => {
                 write!(f, "nobody reads slot {slot}, though the target believes to be connected")
             }

@@ -281,6 +281,8 @@ pub enum Strategy {
     },
     /// The version of this node wins.
     KeepNode(String),
+    /// A row that one side has deleted stays away from all.
+    LetDeleteWin,
     /// The failing transaction is left out.
     Skip,
     /// It is left for a person.
@@ -294,6 +296,7 @@ impl Strategy {
             Self::DeactivateOlder { .. } => "deactivate-older",
             Self::Newest { .. } => "newest",
             Self::KeepNode(_) => "keep-node",
+            Self::LetDeleteWin => "let-delete-win",
             Self::Skip => "skip",
             Self::Leave => "none",
         }
@@ -426,6 +429,7 @@ enum FileStrategy {
     DeactivateOlder,
     Newest,
     KeepNode,
+    LetDeleteWin,
     Skip,
     None,
 }
@@ -766,6 +770,11 @@ fn rule(file: FileRule, nodes: &[Node]) -> Result<Rule, String> {
                 return Err(format!("rule.node {of}: there is no node {name}; the nodes are {}", names.join(", ")));
             }
             Strategy::KeepNode(name.clone())
+        }
+        // The row is gone, so there is nothing to tell the application about.
+        FileStrategy::LetDeleteWin => {
+            used = &[];
+            Strategy::LetDeleteWin
         }
         // Of a transaction that is left out no row wins, so there is nothing to tell the application about.
         FileStrategy::Skip => {

@@ -166,6 +166,11 @@ impl Conflict {
         ["local", "remote"].into_iter().find(|word| kept.starts_with(word))
     }
 
+    /// An agent of this role has answered it, and was cut off before it had compared the nodes.
+    pub fn is_cut_off(&self, role: &str) -> bool {
+        self.kept().is_some() && self.resolved_by.as_deref() == Some(role)
+    }
+
     /// Key of the incoming row as it is to be: an update may move it.
     pub fn remote_key(&self) -> Value {
         let columns = self.replica_identity.as_object().into_iter().flatten();

@@ -56,6 +56,7 @@ pub mod connection;
 pub mod conninfo;
 pub mod crew;
 pub mod deploy;
+pub mod digest;
 pub mod facts;
 pub mod failure;
 pub mod grants;

@@ -7,6 +7,7 @@
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -58,43 +59,64 @@ pub fn hand<'a>(config: &'a Config, sights: &[Sight], candidates: &BTreeSet<&str
     active.or_else(|| config.nodes.iter().find(|node| able(node))).map(|node| node.name.as_str())
 }
 
-/// How often a rule was tried for each conflict, and which are left to a person.
+/// A conflict that there is something to do about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Todo {
+    /// The node that met it.
+    pub node: String,
+    /// Its number there.
+    pub id: i64,
+    /// Replication waits for it.
+    pub blocking: bool,
+}
+
+/// A conflict that is left to a person.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leftover {
+    /// Its table.
+    pub table: String,
+    /// Why.
+    pub why: String,
+}
+
+/// How often a rule was tried for each conflict, when it may be tried again, and which are left to a person. Times are durations
+/// since the watch began.
 #[derive(Debug, Default)]
 pub struct Attempts(BTreeMap<(String, i64), Tried>);
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Tried {
-    Times(u32),
-    Spent,
+#[derive(Debug, Default)]
+struct Tried {
+    times: u32,
+    not_before: Duration,
+    left: Option<Leftover>,
 }
 
 impl Attempts {
+    fn of(&mut self, node: &str, id: i64) -> &mut Tried {
+        self.0.entry((node.to_owned(), id)).or_default()
+    }
+
     /// Counts one more; its number, from 1.
     pub fn begin(&mut self, node: &str, id: i64) -> u32 {
-        match self.0.entry((node.to_owned(), id)).or_insert(Tried::Times(0)) {
-            Tried::Times(times) => {
-                *times += 1;
-                *times
-            }
-            Tried::Spent => u32::MAX,
-        }
+        let tried = self.of(node, id);
+        tried.times += 1;
+        tried.times
     }
 
     /// Takes back the last one: it was cut off by something that is no fault of the rule.
     pub fn take_back(&mut self, node: &str, id: i64) {
-        if let Some(Tried::Times(times)) = self.0.get_mut(&(node.to_owned(), id)) {
-            *times = times.saturating_sub(1);
-        }
+        let tried = self.of(node, id);
+        tried.times = tried.times.saturating_sub(1);
     }
 
     /// It is left to a person.
-    pub fn spend(&mut self, node: &str, id: i64) {
-        self.0.insert((node.to_owned(), id), Tried::Spent);
+    pub fn leave(&mut self, node: &str, id: i64, leftover: Leftover) {
+        self.of(node, id).left = Some(leftover);
     }
 
-    /// Whether it is left to a person.
-    pub fn is_spent(&self, node: &str, id: i64) -> bool {
-        self.0.get(&(node.to_owned(), id)) == Some(&Tried::Spent)
+    /// It is tried again then, and not before.
+    pub fn put_off(&mut self, node: &str, id: i64, not_before: Duration) {
+        self.of(node, id).not_before = not_before;
     }
 
     /// It is closed: should it come up again, counting begins anew.
@@ -105,6 +127,42 @@ impl Attempts {
     /// Forgets the conflicts of a node that are not among these.
     pub fn retain(&mut self, node: &str, open: &BTreeSet<i64>) {
         self.0.retain(|(at, id), _| at != node || open.contains(id));
+    }
+
+    /// The conflicts of a node that are remembered.
+    pub fn known(&self, node: &str) -> Vec<i64> {
+        self.0.keys().filter(|(at, _)| at == node).map(|(_, id)| *id).collect()
+    }
+
+    /// Nothing is remembered.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Which of these comes next: of those that may be tried now one that holds up replication, wherever it is; of several the one
+    /// that has waited longest.
+    pub fn next(&self, todo: Vec<Todo>, now: Duration) -> Option<Todo> {
+        let due = todo.into_iter().filter_map(|todo| {
+            let tried = self.0.get(&(todo.node.clone(), todo.id));
+            let not_before = tried.map_or(Duration::ZERO, |tried| tried.not_before);
+            let due = not_before <= now && tried.is_none_or(|tried| tried.left.is_none());
+            due.then_some((not_before, todo))
+        });
+        due.min_by(|(when, one), (other_when, other)| {
+            (!one.blocking, when, one.id, &one.node).cmp(&(!other.blocking, other_when, other.id, &other.node))
+        })
+        .map(|(_, todo)| todo)
+    }
+
+    /// What is left to a person, by node and table: the first of each, and how many there are.
+    pub fn left(&self) -> BTreeMap<(String, String), (i64, Leftover, usize)> {
+        let mut left: BTreeMap<(String, String), (i64, Leftover, usize)> = BTreeMap::new();
+        for ((node, id), tried) in &self.0 {
+            let Some(leftover) = &tried.left else { continue };
+            let place = (node.clone(), leftover.table.clone());
+            left.entry(place).or_insert_with(|| (*id, leftover.clone(), 0)).2 += 1;
+        }
+        left
     }
 }
 
@@ -308,6 +366,13 @@ pub fn course_of_rule(strategy: &Strategy, conflict: &Conflict, group: &[Conflic
                 return Err(format!("the row is not on {}, so there is no {by} to compare", conflict.node));
             }
             greatest(&versions(group)?, |version| column(&version.tuple, &version.key, by).cloned()).map(Course::Keep)
+        }
+        Strategy::LetDeleteWin if conflict.is_missing() => {
+            let absent = here(conflict).into_iter().next();
+            absent.map(Course::Keep).ok_or_else(|| "no version is that there is no row".into())
+        }
+        Strategy::LetDeleteWin => {
+            Err(format!("it is for rows that one side deleted, not for {}", conflict.conflict_type))
         }
         Strategy::KeepNode(node) => {
             fit(conflict)?;
@@ -878,14 +943,48 @@ mod tests {
         assert_eq!([attempts.begin("a", 1), attempts.begin("a", 1), attempts.begin("b", 1)], [1, 2, 1]);
         attempts.take_back("a", 1);
         assert_eq!(attempts.begin("a", 1), 2);
-        attempts.spend("a", 1);
-        assert!(attempts.is_spent("a", 1) && !attempts.is_spent("b", 1));
         attempts.retain("b", &BTreeSet::new());
-        assert!(attempts.is_spent("a", 1));
         attempts.retain("a", &BTreeSet::from([1]));
-        assert!(attempts.is_spent("a", 1));
+        assert_eq!((attempts.known("a"), attempts.known("b")), (vec![1], vec![]));
         attempts.forget("a", 1);
         assert_eq!(attempts.begin("a", 1), 1);
+    }
+
+    #[test]
+    fn what_holds_up_replication_comes_first_and_what_was_tried_just_now_last() {
+        let todo = |node: &str, id, blocking| Todo { node: node.into(), id, blocking };
+        let all = || vec![todo("a", 1, false), todo("a", 2, false), todo("b", 9, true), todo("c", 8, true)];
+        let mut attempts = Attempts::default();
+        let next = |attempts: &Attempts, now| {
+            let next = attempts.next(all(), Duration::from_secs(now));
+            next.map(|todo| (todo.node, todo.id))
+        };
+        assert_eq!(next(&attempts, 0), Some(("c".into(), 8)));
+        attempts.put_off("c", 8, Duration::from_secs(5));
+        assert_eq!(next(&attempts, 1), Some(("b".into(), 9)));
+        attempts.put_off("b", 9, Duration::from_secs(6));
+        assert_eq!(next(&attempts, 2), Some(("a".into(), 1)));
+        attempts.put_off("a", 1, Duration::from_secs(3));
+        assert_eq!(next(&attempts, 3), Some(("a".into(), 2)));
+        assert_eq!(next(&attempts, 5), Some(("c".into(), 8)));
+        assert_eq!(attempts.next(Vec::new(), Duration::ZERO), None);
+    }
+
+    #[test]
+    fn what_is_left_to_a_person_is_counted_by_node_and_table_and_not_tried_again() {
+        let mut attempts = Attempts::default();
+        let leftover = |why: &str| Leftover { table: "s.t".into(), why: why.into() };
+        for (node, id, why) in [("a", 3, "second"), ("a", 2, "first"), ("b", 1, "other")] {
+            attempts.leave(node, id, leftover(why));
+        }
+        attempts.begin("a", 1);
+        let left = attempts.left();
+        assert_eq!(left[&("a".into(), "s.t".into())], (2, leftover("first"), 2));
+        assert_eq!(left.len(), 2);
+        let todo = |id| Todo { node: "a".into(), id, blocking: true };
+        assert_eq!(attempts.next(vec![todo(2), todo(3)], Duration::MAX), None);
+        attempts.forget("a", 2);
+        assert_eq!(attempts.next(vec![todo(2), todo(3)], Duration::ZERO), Some(todo(2)));
     }
 
     // ---- what belongs together ----
@@ -1053,6 +1152,13 @@ mod tests {
         assert_eq!(keeps(&course(Wish::Remote), &[missing()]), [("a".into(), Keep::Remote)]);
         let node = course_of_rule(&Strategy::KeepNode("a".into()), &missing(), &[missing()]).unwrap();
         assert_eq!(node, course(Wish::Local));
+    }
+
+    #[test]
+    fn a_deleted_row_stays_away_if_the_rule_says_so() {
+        let course = course_of_rule(&Strategy::LetDeleteWin, &missing(), &[missing()]).unwrap();
+        assert_eq!(keeps(&course, &[missing()]), [("a".into(), Keep::Local)]);
+        assert!(course_of_rule(&Strategy::LetDeleteWin, &commands()[0], &commands()).is_err());
     }
 
     #[test]

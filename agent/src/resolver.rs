@@ -19,7 +19,7 @@ use crate::crew::{Crew, LOOK_BOUND};
 use crate::facts;
 use crate::failure::{Failure, Kind};
 use crate::node::{NodeError, Session, Trouble};
-use crate::resolve::{self, Attempts, Course, Handles, Row, Rows, Sight, Step, Version};
+use crate::resolve::{self, Attempts, Course, Handles, Leftover, Row, Rows, Sight, Step, Todo, Version, Wish};
 use crate::sql;
 use crate::stop::{Halt, Limits};
 
@@ -35,6 +35,8 @@ pub const COUNTERPART_BOUND: Duration = Duration::from_millis(600);
 const GRACE: Duration = Duration::from_millis(500);
 /// How long a conflict may look open to the log after replication has got past it.
 const HINDSIGHT: Duration = Duration::from_secs(1);
+/// Replication that moved so lately is at work.
+const MOVES: Duration = Duration::from_secs(2);
 /// How often the nodes are made alike, should they drift apart again.
 const ROUNDS: usize = 3;
 /// How often one conflict is answered; more, and the answers do not help.
@@ -75,10 +77,8 @@ pub enum End {
     Resolved(String),
     /// There is nothing to do: it was closed before.
     Closed,
-    /// It is for a person. Said once; after that [`End::Known`].
+    /// It is for a person.
     Left(String),
-    /// It is for a person, and that has been said.
-    Known,
     /// Not now, and no attempt is counted: a node cannot be reached, or another agent is at work.
     Later(String),
     /// The rule failed, and will be tried again.
@@ -95,6 +95,8 @@ pub enum End {
 /// The end of an attempt, and what was done on the way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
+    /// The table; empty if it could not be learned.
+    pub table: String,
     /// How it ended.
     pub end: End,
     /// What was done, in order.
@@ -103,9 +105,9 @@ pub struct Outcome {
     pub notes: Vec<String>,
 }
 
-impl From<End> for Outcome {
-    fn from(end: End) -> Self {
-        Self { end, deeds: Vec::new(), notes: Vec::new() }
+impl Outcome {
+    fn at_once(table: String, end: End) -> Self {
+        Self { table, end, deeds: Vec::new(), notes: Vec::new() }
     }
 }
 
@@ -129,6 +131,8 @@ fn backends(crew: &Crew<'_>) -> BTreeMap<(i32, i64), String> {
 async fn make_ready(crew: &Crew<'_>, nodes: Vec<String>) {
     let queries = [
         sql::CONFLICT,
+        sql::CONFLICTS_BLOCKING,
+        sql::CONFLICTS_OPEN,
         sql::CONFLICTS_RELATED,
         sql::MAKE_ROOM,
         sql::RESOLVE,
@@ -169,25 +173,26 @@ pub async fn sights(context: &Context, crew: &Crew<'_>) -> Vec<Sight> {
     looks.into_iter().flatten().collect()
 }
 
-/// The open conflicts of all connected nodes that a rule may still be tried for, those that hold up replication first.
-pub async fn pending(crew: &Crew<'_>, attempts: &mut Attempts) -> Vec<(String, i64)> {
+/// The conflict that a rule is to be tried for next, of those of all connected nodes. Asked anew after each: one that holds up
+/// replication waits behind none that does not.
+pub async fn next(crew: &Crew<'_>, attempts: &mut Attempts, now: Duration) -> Option<Todo> {
     let names = crew.names();
-    let looks =
-        join_all(names.iter().map(async |node| crew.session(node)?.rows(sql::CONFLICTS_OPEN, &[], LOOK_BOUND).await))
-            .await;
-    let mut pending = Vec::new();
+    let looks = join_all(names.iter().map(async |node| {
+        let known = attempts.known(node);
+        crew.session(node)?.rows(sql::CONFLICTS_OPEN, &[&known], LOOK_BOUND).await
+    }))
+    .await;
+    let mut todo = Vec::new();
     for (node, rows) in names.into_iter().zip(looks) {
         match rows {
             Ok(rows) => {
-                let open: Vec<i64> = rows.iter().map(|row| row.get(0)).collect();
-                attempts.retain(&node, &open.iter().copied().collect());
-                let left = open.into_iter().filter(|id| !attempts.is_spent(&node, *id));
-                pending.extend(left.map(|id| (node.clone(), id)));
+                attempts.retain(&node, &rows.iter().map(|row| row.get(0)).collect());
+                todo.extend(rows.iter().map(|row| Todo { node: node.clone(), id: row.get(0), blocking: row.get(1) }));
             }
             Err(error) => tracing::debug!(%error, "open conflicts not known"),
         }
     }
-    pending
+    attempts.next(todo, now)
 }
 
 /// Resolves a conflict by the first rule for its table. To be called by the watcher of the active side only
@@ -199,27 +204,26 @@ pub async fn resolve_by_rules(
     node: &str,
     id: i64,
 ) -> Outcome {
-    if attempts.is_spent(node, id) {
-        return End::Known.into();
-    }
     let errors = connect(crew).await;
     let conflict = match crew.session(node) {
         Ok(session) => conflict::by_id(session, &context.config, id).await,
         Err(error) => Err(errors.get(node).cloned().unwrap_or(error)),
     };
     let conflict = match conflict {
-        Ok(Some(conflict)) if conflict.is_open() => conflict,
+        Ok(Some(conflict)) if conflict.is_open() || conflict.is_cut_off(&context.config.user) => conflict,
         Ok(_) => {
             attempts.forget(node, id);
-            return End::Closed.into();
+            return Outcome::at_once(String::new(), End::Closed);
         }
         Err(error) => {
             if error.trouble == Trouble::Lost {
                 crew.give_up(node);
             }
-            return End::Later(error.to_string()).into();
+            return Outcome::at_once(String::new(), End::Later(error.to_string()));
         }
     };
+    let table = conflict.table();
+    let left = |why: &str| Leftover { table: conflict.table(), why: why.to_owned() };
     let rule = match resolve::rule_for(&context.config.rules, &conflict) {
         None => Err(format!("there is no rule for {}", conflict.table())),
         Some(Rule { strategy: Strategy::Leave, .. }) => {
@@ -230,17 +234,17 @@ pub async fn resolve_by_rules(
     let rule = match rule {
         Ok(rule) => rule,
         Err(why) => {
-            attempts.spend(node, id);
-            return End::Left(why).into();
+            attempts.leave(node, id, left(&why));
+            return Outcome::at_once(table, End::Left(why));
         }
     };
     // With one side alone the other would stay as it is, and find its own end later.
     if let Some(error) = conflict.peer.as_ref().and_then(|peer| errors.get(peer)) {
-        return End::Later(format!("cannot reach {error}")).into();
+        return Outcome::at_once(table, End::Later(format!("cannot reach {error}")));
     }
     if let Err(failure) = crew.lock().await {
         crew.unlock().await;
-        return End::Later(failure.message).into();
+        return Outcome::at_once(table, End::Later(failure.message));
     }
 
     let attempt = attempts.begin(node, id);
@@ -268,8 +272,8 @@ pub async fn resolve_by_rules(
             End::Resolved(resolved.resolution)
         }
         Err(ByRule::Unfit(why)) => {
-            attempts.spend(node, id);
             let why = format!("rule {} does not fit: {why}", rule.strategy.name());
+            attempts.leave(node, id, left(&why));
             work.note(node, id, &why).await;
             End::Left(why)
         }
@@ -285,12 +289,17 @@ pub async fn resolve_by_rules(
             attempts.take_back(node, id);
             End::Later(failure.message)
         }
+        // What comes in takes its time, and the rule has nothing to do with that.
+        Err(ByRule::Failed(failure)) if work.limits.remaining().is_zero() && work.moves() => {
+            attempts.take_back(node, id);
+            End::Later(format!("{}, which goes on", failure.message))
+        }
         Err(ByRule::Failed(failure)) => {
             let why = [Some(failure.message), failure.detail].into_iter().flatten().collect::<Vec<_>>().join("; ");
             if attempt >= context.config.watch.attempts {
-                attempts.spend(node, id);
                 let times = if attempt == 1 { "once".into() } else { format!("{attempt} times") };
                 let why = format!("rule {} failed {times}: {why}", rule.strategy.name());
+                attempts.leave(node, id, left(&why));
                 work.note(node, id, &why).await;
                 End::GivenUp(why)
             } else {
@@ -299,7 +308,7 @@ pub async fn resolve_by_rules(
         }
     };
     crew.unlock().await;
-    Outcome { end, deeds, notes }
+    Outcome { table, end, deeds, notes }
 }
 
 enum ByRule {
@@ -344,6 +353,9 @@ pub struct Work<'r, 'c> {
     crew: &'r mut Crew<'c>,
     limits: Limits,
     by_whom: String,
+    /// How far each node has received what another one wrote, and when any of that last moved.
+    received: BTreeMap<(String, String), PgLsn>,
+    moved: Option<Instant>,
     /// What was done so far; to be told also if it does not succeed.
     pub deeds: Vec<Deed>,
 }
@@ -351,19 +363,27 @@ pub struct Work<'r, 'c> {
 impl<'r, 'c> Work<'r, 'c> {
     /// Nothing is done yet. `by_whom` goes into the log.
     pub fn new(context: &'r Context, crew: &'r mut Crew<'c>, limits: Limits, by_whom: String) -> Self {
-        Self { context, crew, limits, by_whom, deeds: Vec::new() }
+        Self { context, crew, limits, by_whom, received: BTreeMap::new(), moved: None, deeds: Vec::new() }
     }
 
     async fn by_rule(&mut self, rule: &Rule, conflict: &Conflict) -> Result<Resolved, ByRule> {
+        let role = &self.context.config.user;
         // Where a version is chosen before anything is done, both sides must be seen; a crown is given afterwards.
         let patience = match rule.strategy {
-            Strategy::Newest { .. } | Strategy::KeepNode(_) => COUNTERPART_BOUND,
+            Strategy::Newest { .. } | Strategy::KeepNode(_) if conflict.is_open() => COUNTERPART_BOUND,
             _ => Duration::ZERO,
         };
         let mut group = self.both_sides(conflict, patience).await?;
         let fresh = group.iter().find(|other| (&other.node, other.id) == (&conflict.node, conflict.id));
-        let conflict = &fresh.filter(|conflict| conflict.is_open()).cloned().ok_or(ByRule::Closed)?;
-        let course = resolve::course_of_rule(&rule.strategy, conflict, &group).map_err(ByRule::Unfit)?;
+        let fresh = fresh.filter(|conflict| conflict.is_open() || conflict.is_cut_off(role));
+        let conflict = &fresh.cloned().ok_or(ByRule::Closed)?;
+        // What was answered is followed through as it was answered, by whatever agent.
+        let course = match conflict.kept() {
+            None => resolve::course_of_rule(&rule.strategy, conflict, &group),
+            Some("local") => resolve::course_of_wish(Wish::Local, conflict, &group),
+            Some(_) => resolve::course_of_wish(Wish::Remote, conflict, &group),
+        };
+        let course = course.map_err(ByRule::Unfit)?;
         if course == Course::Skip {
             group = vec![conflict.clone()];
         }
@@ -556,23 +576,52 @@ impl<'r, 'c> Work<'r, 'c> {
             if rows.first().and_then(|row| row.get("applied")) == Some(true) {
                 return Ok(None);
             }
-            let mut open = conflict::list(session, &self.context.config, false).await?;
-            open.retain(|other| {
-                let known = group.iter().any(|known| (&known.node, known.id) == (&other.node, other.id));
-                other.blocking && other.subscription == way.subscription && !known
+            let received: Option<PgLsn> = rows.first().and_then(|row| row.get("received"));
+            let blocking = session.rows(sql::CONFLICTS_BLOCKING, &[], LOOK_BOUND).await?;
+            let others = blocking.iter().filter(|other| {
+                other.get::<_, &str>("subscription") == way.subscription
+                    && !group.iter().any(|known| known.node == way.to && known.id == other.get::<_, i64>("id"))
             });
-            Ok::<_, NodeError>(Some(open))
+            let others: Vec<String> = others.map(|other| format!("{}/{}", way.to, other.get::<_, i64>("id"))).collect();
+            Ok::<_, NodeError>(Some((received, others)))
         }));
         let looks = self.limits.run(looks).await.map_err(|halt| self.halted(halt, "the subscriptions"))?;
         let (mut left, mut held_up) = (Vec::new(), BTreeSet::new());
         for (way, look) in std::mem::take(ways).into_iter().zip(looks) {
-            if let Some(open) = look.map_err(|error| self.troubled(error))? {
-                held_up.extend(open.iter().map(Conflict::name));
+            if let Some((received, others)) = look.map_err(|error| self.troubled(error))? {
+                if let Some(received) = received {
+                    let before = self.received.insert((way.from.clone(), way.to.clone()), received);
+                    if before.is_some_and(|before| before < received) {
+                        self.moved = Some(Instant::now());
+                    }
+                }
+                held_up.extend(others);
                 left.push(way);
             }
         }
         *ways = left;
         Ok(held_up.into_iter().collect())
+    }
+
+    /// Whether replication that was waited for has got on lately.
+    fn moves(&self) -> bool {
+        self.moved.is_some_and(|moved| moved.elapsed() < MOVES)
+    }
+
+    /// Whether other conflicts hold up replication on any node.
+    async fn others_wait(&mut self, group: &[Conflict]) -> Result<bool, Failure> {
+        let names = self.crew.names();
+        let looks = join_all(names.iter().map(async |node| {
+            let rows = self.crew.session(node)?.rows(sql::CONFLICTS_BLOCKING, &[], LOOK_BOUND).await?;
+            let known = |id: i64| group.iter().any(|known| known.node == *node && known.id == id);
+            Ok::<_, NodeError>(rows.iter().any(|row| !known(row.get("id"))))
+        }));
+        let looks = self.limits.run(looks).await.map_err(|halt| self.halted(halt, "the nodes' logs"))?;
+        let mut wait = false;
+        for look in looks {
+            wait |= look.map_err(|error| self.troubled(error))?;
+        }
+        Ok(wait)
     }
 
     async fn pause(&self, ways: &[Way]) -> Result<(), Failure> {
@@ -665,6 +714,7 @@ impl<'r, 'c> Work<'r, 'c> {
     /// Answers every conflict of the quarrel, those that come up meanwhile included, until none holds up replication.
     async fn settle_down(&mut self, course: &Course, mut group: Vec<Conflict>) -> Result<Vec<Conflict>, Failure> {
         let mut answers: BTreeMap<(String, i64), Answered> = BTreeMap::new();
+        let mut ways = None;
         loop {
             let mut steps = Vec::new();
             for conflict in &group {
@@ -720,6 +770,15 @@ impl<'r, 'c> Work<'r, 'c> {
                 return Ok(group);
             }
             let what = format!("replication to go on past {}", waiting.join(", "));
+            // Whether it takes its time or stands still; not asked while it may be over at once.
+            if self.limits.remaining() < MOVES {
+                if ways.is_none() {
+                    ways = Some(self.ways(&Self::concerned(&group)).await?);
+                }
+                if let Some(ways) = &mut ways {
+                    self.catch_up(ways, &group).await?;
+                }
+            }
             self.limits.run(sleep(PAUSE)).await.map_err(|halt| self.halted(halt, &what))?;
         }
     }
@@ -892,7 +951,9 @@ impl<'r, 'c> Work<'r, 'c> {
                 ways = self.ways(&connected.into_iter().collect()).await?;
                 continue;
             }
-            if held_up.is_empty() && spread.values().any(|at| at.elapsed() < GRACE) {
+            // What a node says of it later is a conflict of its own, so nothing that holds up replication has to wait for that.
+            let grace = spread.values().any(|at| at.elapsed() < GRACE);
+            if held_up.is_empty() && grace && !self.others_wait(group).await? {
                 self.pause(&[]).await?;
                 continue;
             }

@@ -27,6 +27,7 @@ queries! {
     CLOSE_WINDOW = "close_window.sql";
     CONFLICT = "conflict.sql";
     CONFLICTS = "conflicts.sql";
+    CONFLICTS_BLOCKING = "conflicts_blocking.sql";
     CONFLICTS_OPEN = "conflicts_open.sql";
     CONFLICTS_RELATED = "conflicts_related.sql";
     CONFLICT_CHANGES = "conflict_changes.sql";

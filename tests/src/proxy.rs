@@ -1,4 +1,4 @@
-//! A TCP link on loopback that can be cut, frozen and healed.
+//! A TCP link on loopback that can be cut, frozen, slowed down and healed.
 
 use std::{
     io,
@@ -21,6 +21,9 @@ use crate::{background, log_check::Expected, scratch::Port, wait::PATIENCE};
 /// Between two attempts to listen.
 const GLANCE: Duration = Duration::from_millis(5);
 
+/// A slow link passes something so many times in a second.
+const PORTIONS: usize = 20;
+
 /// Listens on a port of its own and passes bytes on to another one.
 pub struct Proxy {
     port: Port,
@@ -34,6 +37,8 @@ type Order = (Link, oneshot::Sender<io::Result<()>>);
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Link {
     Open,
+    /// Passes about so many bytes in a second.
+    Slow(usize),
     Frozen,
     Cut,
 }
@@ -64,6 +69,11 @@ impl Proxy {
     pub async fn freeze(&self) -> Result<()> {
         self.expected.allow_weather();
         self.order(Link::Frozen).await
+    }
+
+    /// Passes about so many bytes in a second, each way of each connection.
+    pub async fn slow(&self, bytes_per_second: usize) -> Result<()> {
+        self.order(Link::Slow(bytes_per_second)).await
     }
 
     /// Passes everything again; what was frozen arrives, what was cut has to connect anew.
@@ -135,7 +145,7 @@ async fn accept(listener: Option<&TcpListener>) -> io::Result<(TcpStream, Socket
 
 /// One connection. PostgreSQL never closes one direction only, so the first end is the end of both.
 async fn pass(client: TcpStream, target: SocketAddr, mut link: watch::Receiver<Link>) {
-    if link.wait_for(|link| *link == Link::Open).await.is_err() {
+    if link.wait_for(passes).await.is_err() {
         return;
     }
     let Ok(server) = TcpStream::connect(target).await else { return };
@@ -148,6 +158,10 @@ async fn pass(client: TcpStream, target: SocketAddr, mut link: watch::Receiver<L
     }
 }
 
+fn passes(link: &Link) -> bool {
+    matches!(link, Link::Open | Link::Slow(_))
+}
+
 async fn pump(
     mut from: tcp::OwnedReadHalf,
     mut to: tcp::OwnedWriteHalf,
@@ -155,9 +169,17 @@ async fn pump(
 ) -> Result<()> {
     let mut buffer = vec![0; 64 * 1024];
     loop {
-        let read = from.read(&mut buffer).await;
+        let rate = match *link.borrow() {
+            Link::Slow(rate) => Some(rate),
+            _ => None,
+        };
+        let portion = rate.map_or(buffer.len(), |rate| (rate / PORTIONS).clamp(1, buffer.len()));
+        let read = from.read(&mut buffer[..portion]).await;
+        if rate.is_some() {
+            sleep(Duration::from_secs(1) / PORTIONS as u32).await;
+        }
         // Also an end is news, which a frozen link does not pass on.
-        link.wait_for(|link| *link == Link::Open).await?;
+        link.wait_for(passes).await?;
         match read? {
             0 => return Ok(()),
             length => to.write_all(&buffer[..length]).await?,

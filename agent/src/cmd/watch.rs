@@ -24,13 +24,14 @@ use tokio_postgres::Notification;
 
 use super::{Context, Reply, hostname, populate, print, refresh};
 use crate::alarm::{self, Alarms, Word};
-use crate::condition::Finding;
+use crate::condition::{Condition, Finding, Subject};
 use crate::config::{Config, Node, Watch};
 use crate::crew::{CONNECT_BOUND, Crew, LOOK_BOUND};
+use crate::digest::Digest;
 use crate::failure::{Failure, Kind};
 use crate::inspect;
 use crate::node::{NodeError, Session, Trouble};
-use crate::resolve::{self, Attempts};
+use crate::resolve::{self, Attempts, Leftover, Todo};
 use crate::resolver::{self, End, Outcome};
 use crate::schema;
 use crate::sight::{self, Sight};
@@ -59,6 +60,8 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LOOKS_TO_MEND: u32 = 3;
 /// How long a rule has to resolve a conflict before it is an alarm.
 const TO_RESOLVE: Duration = Duration::from_secs(2);
+/// A conflict that no rule is for.
+const LEFT: &str = "left to a person";
 /// Alarms that wait for a post; it is busy connecting only.
 const MAILBOX: usize = 64;
 
@@ -105,20 +108,23 @@ struct Hands<'a> {
     /// The node that this agent runs for; without one it resolves whichever side is active.
     node: Option<&'a Node>,
     crew: Crew<'a>,
+    began: Instant,
     attempts: Attempts,
     /// What is to be said on the channel of alarms.
     said: Vec<String>,
+    /// What became of the conflict that was worked on last: its node, number and outcome.
+    done: Option<(String, i64, Outcome)>,
 }
 
 impl<'a> Hands<'a> {
     async fn new(context: &'a Context, node: Option<&'a Node>) -> Self {
         // Connects to nobody before there is something to do.
         let (crew, _) = Crew::muster(&context.config, &context.connector, &[]).await;
-        Self { context, node, crew, attempts: Attempts::default(), said: Vec::new() }
+        Self { context, node, crew, began: Instant::now(), attempts: Attempts::default(), said: Vec::new(), done: None }
     }
 
-    /// Has new tables replicate and resolves what there is a rule for, if that is this agent's business; what remains is handed
-    /// over again at a later look.
+    /// Has new tables replicate and resolves one conflict that there is a rule for, if that is this agent's business. One, so that
+    /// what has come up meanwhile, or what this agent is no more to do, is seen before the next.
     async fn mend(mut self, unjoined: BTreeMap<String, BTreeSet<String>>) -> Self {
         resolver::connect(&mut self.crew).await;
         let sights = resolver::sights(self.context, &self.crew).await;
@@ -126,6 +132,10 @@ impl<'a> Hands<'a> {
         let ours = active.filter(|node| self.node.is_none_or(|own| node.name == own.name));
         let Some(active) = ours.map(|node| node.name.clone()) else {
             tracing::debug!(active = active.map(|node| &node.name), "not ours to resolve");
+            if active.is_some() {
+                // Another agent tries, counts and speaks.
+                self.attempts = Attempts::default();
+            }
             return self;
         };
         if !unjoined.is_empty() {
@@ -134,10 +144,13 @@ impl<'a> Hands<'a> {
         if self.context.config.rules.is_empty() {
             return self;
         }
-        for (node, id) in resolver::pending(&self.crew, &mut self.attempts).await {
+        let next = resolver::next(&self.crew, &mut self.attempts, self.began.elapsed()).await;
+        if let Some(Todo { node, id, .. }) = next {
             let (context, attempts) = (self.context, &mut self.attempts);
             let outcome = resolver::resolve_by_rules(context, &mut self.crew, attempts, &node, id).await;
-            self.tell(&node, id, &outcome);
+            // Forgotten when it is seen to be closed.
+            self.attempts.put_off(&node, id, self.began.elapsed() + context.config.watch.interval);
+            self.done = Some((node, id, outcome));
         }
         self
     }
@@ -229,29 +242,6 @@ impl<'a> Hands<'a> {
             print(&json!({"event": "schema", "at": now, "end": word, "text": text}).to_string());
         } else {
             print(&format!("{now} schema: {text}"));
-        }
-    }
-
-    fn tell(&self, node: &str, id: i64, outcome: &Outcome) {
-        let (word, text) = match &outcome.end {
-            End::Resolved(text) => ("resolved", text.clone()),
-            End::Left(why) => ("left to a person", why.clone()),
-            End::Failed { attempt, why } => ("not resolved", format!("attempt {attempt}: {why}")),
-            End::GivenUp(why) => ("given up", why.clone()),
-            End::Later(why) => return tracing::info!(node, id, why, "later"),
-            End::Closed | End::Known => return,
-        };
-        match &outcome.end {
-            End::Resolved(_) => tracing::info!(node, id, "{word}: {text}"),
-            _ => tracing::warn!(node, id, "{word}: {text}"),
-        }
-        let now = time(SystemTime::now());
-        if self.context.json {
-            let event = json!({"event": "conflict", "at": now, "node": node, "id": id, "end": word, "text": text,
-                "deeds": outcome.deeds, "notes": outcome.notes});
-            print(&event.to_string());
-        } else {
-            print(&format!("{now} conflict {node}/{id} {word}: {text}"));
         }
     }
 }
@@ -444,8 +434,13 @@ struct Desk<'a> {
     heard: BTreeMap<String, Instant>,
     /// How certificates were when last looked at.
     certificates: Vec<inspect::Finding>,
-    /// There are open conflicts, since they were last handed over.
+    /// There may be conflicts to resolve, since they were last looked for.
     open: bool,
+    /// Conflicts are tried again later, or left to a person; these.
+    unfinished: bool,
+    left: BTreeMap<(String, String), (i64, Leftover, usize)>,
+    /// What was said of conflicts: by table, how they ended, and, where it is the same for many, why.
+    digest: Digest<(String, &'static str, String)>,
     /// New tables that were handed over, and when.
     joining: (BTreeMap<String, BTreeSet<String>>, Instant),
     status: String,
@@ -465,7 +460,11 @@ impl<'a> Desk<'a> {
             views: Views::new(),
             heard: BTreeMap::new(),
             certificates: Vec::new(),
-            open: false,
+            // What an agent before this one was cut off from is not among the open ones.
+            open: !context.config.rules.is_empty(),
+            unfinished: false,
+            left: BTreeMap::new(),
+            digest: Digest::default(),
             joining: (BTreeMap::new(), Instant::now()),
             status: String::new(),
         }
@@ -499,6 +498,7 @@ impl<'a> Desk<'a> {
                 found = work(&mut looking) => (self.certificates, looking) = (found, None),
                 mut idle = work(&mut at_work) => {
                     idle.said.drain(..).for_each(|text| self.notify(&text));
+                    self.take_back(&mut idle);
                     (hands, at_work) = (Some(idle), None);
                 }
                 () = tick(&mut alive) => if self.posts_report() {
@@ -507,7 +507,8 @@ impl<'a> Desk<'a> {
             }
             let unjoined = schema::unjoined(&self.context.config, &self.views);
             let new = !unjoined.is_empty() && (unjoined != self.joining.0 || self.joining.1.elapsed() > JOIN_AGAIN);
-            if (self.open || new)
+            if ready
+                && (self.open || new)
                 && let Some(hands) = hands.take()
             {
                 self.open = false;
@@ -523,9 +524,61 @@ impl<'a> Desk<'a> {
     fn take_in(&mut self, report: Report) {
         let Report { node, view } = report;
         let conflicts = view.as_ref().is_ok_and(|sight| !sight.conflicts.is_empty());
-        self.open |= conflicts && !self.context.config.rules.is_empty();
+        self.open |= (conflicts || self.unfinished) && !self.context.config.rules.is_empty();
         self.heard.insert(node.clone(), Instant::now());
         self.views.insert(node, view);
+    }
+
+    /// Takes in what became of a conflict; there may be more.
+    fn take_back(&mut self, hands: &mut Hands<'a>) {
+        if let Some((node, id, outcome)) = hands.done.take() {
+            self.tell(&node, id, &outcome);
+            self.open = true;
+        }
+        self.unfinished = !hands.attempts.is_empty();
+        self.left = hands.attempts.left();
+    }
+
+    fn tell(&mut self, node: &str, id: i64, outcome: &Outcome) {
+        let (word, text) = match &outcome.end {
+            End::Resolved(text) => ("resolved", text.clone()),
+            End::Left(why) => (LEFT, why.clone()),
+            End::Failed { attempt, why } => ("not resolved", format!("attempt {attempt}: {why}")),
+            End::GivenUp(why) => ("given up", why.clone()),
+            End::Later(why) => return tracing::info!(node, id, why, "later"),
+            End::Closed => return,
+        };
+        match &outcome.end {
+            End::Resolved(_) => tracing::info!(node, id, "{word}: {text}"),
+            _ => tracing::warn!(node, id, "{word}: {text}"),
+        }
+        let why = if word == LEFT { text.clone() } else { String::new() };
+        if !self.digest.is_told((outcome.table.clone(), word, why)) {
+            return;
+        }
+        let now = time(SystemTime::now());
+        if self.context.json {
+            let event = json!({"event": "conflict", "at": now, "node": node, "id": id, "table": outcome.table, "end": word,
+                "text": text, "deeds": outcome.deeds, "notes": outcome.notes});
+            print(&event.to_string());
+        } else {
+            print(&format!("{now} conflict {node}/{id} {word}: {text}"));
+        }
+    }
+
+    /// Says how many more conflicts ended as those that were told of.
+    fn tell_of_more(&mut self) {
+        let now = time(SystemTime::now());
+        for ((table, word, why), more) in self.digest.look() {
+            if self.context.json {
+                let event =
+                    json!({"event": "conflicts", "at": now, "table": table, "end": word, "more": more, "text": why});
+                print(&event.to_string());
+            } else {
+                let why = if why.is_empty() { why } else { format!(": {why}") };
+                print(&format!("{now} conflicts of {table}: {more} more {word}{why}"));
+            }
+        }
     }
 
     fn announce(&self) {
@@ -556,12 +609,18 @@ impl<'a> Desk<'a> {
     }
 
     fn judge(&mut self) {
+        self.tell_of_more();
         let now = self.began.elapsed();
         let clock = SystemTime::now();
         let mut findings = self.watchdog.look(now, &self.views);
         let (present, unknown) = inspect::troubles(&self.certificates);
         findings.present.extend(present);
         findings.unknown.extend(unknown);
+        findings.present.extend(self.left.iter().map(|((node, table), (conflict, leftover, conflicts))| Finding {
+            subject: Subject::Table { node: node.clone(), table: table.clone() },
+            condition: Condition::Unresolved { conflict: *conflict, conflicts: *conflicts, why: leftover.why.clone() },
+            age: Duration::ZERO,
+        }));
         for event in self.alarms.hear(now, findings) {
             let text = event.text(clock);
             match event.word {

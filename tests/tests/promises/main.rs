@@ -17,6 +17,7 @@ mod hop;
 mod identity;
 mod lasting;
 mod leaving;
+mod mending;
 mod oneself;
 mod populate;
 mod proven;

@@ -102,7 +102,7 @@ impl Watch {
     }
 
     /// What has been notified on a node.
-    fn on(&self, node: &str) -> Vec<String> {
+    pub fn on(&self, node: &str) -> Vec<String> {
         self.heard.iter().find(|(name, _)| name == node).map(|(_, lines)| read(lines)).unwrap_or_default()
     }
 
@@ -138,6 +138,18 @@ impl Watch {
                 && said.iter().zip(expected).all(|(text, part)| text.contains(part))
                 && (place == "stdout" || said.iter().all(|text| text.starts_with("REPL WDOG: ")));
             ensure!(fits, "{place}: expected {expected:#?}, heard {said:#?}");
+        }
+        Ok(())
+    }
+
+    /// Ends it with SIGKILL, and on the servers what it had asked for.
+    pub async fn kill(mut self, cluster: &Cluster) -> Result<()> {
+        cluster.expect_log(" 57P01 ");
+        self.child.kill().await?;
+        let sessions = "select count(*) from pg_stat_activity where usename = 'stillebot_agent'
+                           and pg_terminate_backend(pid, 10000)";
+        for node in cluster.nodes() {
+            node.value::<i64>(DATABASE, sessions).await?;
         }
         Ok(())
     }
@@ -311,6 +323,66 @@ async fn a_connection_on_which_nothing_moves_is_stalled() -> Result<()> {
     watch.hear("gideon", &["well again: was stalled"]).await?;
     watch.hear("sikorsky", &["well again: was stalled"]).await?;
     watch.assert_heard(&BOTH, &["stalled since", "well again"])?;
+    watch.end().await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn what_is_applied_long_after_it_was_written_is_slow_with_the_time_to_catch_up() -> Result<()> {
+    let (cluster, watch) = watched().await?;
+    let link = cluster.link("sikorsky", "gideon");
+    link.slow(100_000).await?;
+    // Half a minute's worth.
+    let rows = "do $$ begin for i in 1..3000 loop
+                    insert into stillebot.config values (1, i, to_jsonb(repeat(md5(i::text), 32))); commit;
+                end loop; end $$";
+    cluster.node("sikorsky").execute(DATABASE, rows).await?;
+    watch.hear("gideon", &["sikorsky -> gideon slow since 2", " behind, ", " to catch up at the present rate"]).await?;
+    link.heal().await?;
+    for node in BOTH {
+        watch.hear(node, &["sikorsky -> gideon is well again: was slow"]).await?;
+    }
+    watch.assert_heard(&BOTH, &["slow since", "well again"])?;
+    watch.end().await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_slot_that_nobody_reads_though_the_target_believes_to_be_connected_is_unread() -> Result<()> {
+    let (cluster, watch) = watched().await?;
+    cluster.expect_log(" 57P01 ");
+    let link = cluster.link("sikorsky", "gideon");
+    link.freeze().await?;
+    let ended = format!("select pg_terminate_backend({})", walsender(&cluster).await?);
+    cluster.node("sikorsky").execute(DATABASE, &ended).await?;
+    watch.hear("gideon", &["sikorsky -> gideon with an unread slot since 2", "nobody reads slot multihome"]).await?;
+    link.heal().await?;
+    for node in BOTH {
+        watch.hear(node, &["sikorsky -> gideon is well again: was with an unread slot"]).await?;
+    }
+    watch.assert_heard(&BOTH, &["with an unread slot since", "well again"])?;
+    watch.end().await?;
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn a_slot_that_has_lost_wal_is_broken_for_good() -> Result<()> {
+    let (cluster, watch) = watched().await?;
+    cluster.expect_log("invalidating obsolete replication slot");
+    let sikorsky = cluster.node("sikorsky");
+    sikorsky.config(&[("max_slot_wal_keep_size", "1MB")]).await?;
+    cluster.link("sikorsky", "gideon").cut().await?;
+    watch.hear("gideon", &["sikorsky -> gideon disconnected"]).await?;
+    for _ in 0..3 {
+        sikorsky.execute(DATABASE, "select pg_logical_emit_message(false, 'x', 'x'), pg_switch_wal()").await?;
+    }
+    sikorsky.execute(DATABASE, "checkpoint").await?;
+    let lost = "slot multihome has lost WAL that was needed, the target has to be set up anew";
+    watch.hear("gideon", &["sikorsky -> gideon broken for good since 2", lost]).await?;
+    sikorsky.execute(DATABASE, "select pg_drop_replication_slot('multihome')").await?;
+    sikorsky.execute(DATABASE, "select pg_create_logical_replication_slot('multihome', 'pgoutput')").await?;
+    cluster.link("sikorsky", "gideon").heal().await?;
+    watch.hear("gideon", &["sikorsky -> gideon is well again"]).await?;
     watch.end().await?;
     cluster.finish().await
 }
