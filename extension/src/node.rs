@@ -201,7 +201,7 @@ fn multihome_free_space() -> Option<i64> {
         }
         volume.assume_init()
     };
-    i64::try_from(u64::from(volume.f_bavail).saturating_mul(u64::from(volume.f_frsize))).ok()
+    i64::try_from(volume.f_bavail.saturating_mul(volume.f_frsize)).ok()
 }
 
 /// Of 0.4 and 0.5, until ALTER EXTENSION .. UPDATE.
