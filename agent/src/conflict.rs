@@ -40,6 +40,8 @@ pub struct Conflict {
     pub replica_identity: Value,
     /// The incoming row, an object; null if there is none.
     pub remote_tuple: Value,
+    /// Whether that is all of the row; an older extension does not say.
+    pub tuple_complete: Option<bool>,
     /// The rows of this node that stand in the way.
     #[serde(deserialize_with = "or_empty")]
     pub local_conflicts: Vec<LocalRow>,

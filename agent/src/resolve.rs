@@ -750,7 +750,7 @@ pub fn spread(
                 true => rewrite(node, id, &winner.key),
                 false => Step::Remove { node: node.into(), id, key: serde_json::from_str(key).unwrap_or_default() },
             };
-            let possible = writable(sights, node) && is_whole(tuple);
+            let possible = writable(sights, node) && is_whole(tuple, group);
             possible.then(|| vec![Step::Put { node: node.into(), id, tuple: tuple.clone() }, then])
         } else {
             let able = holders.iter().filter(|(node, ..)| writable(sights, node));
@@ -784,10 +784,11 @@ fn is_key(key: &Value, text: &str) -> bool {
     own == text
 }
 
-/// Whether a row in the log is the whole row, not cut.
-fn is_whole(tuple: &Value) -> bool {
+/// Whether a row in the log of one of these is the whole row: not cut, and all of it was sent.
+fn is_whole(tuple: &Value, group: &[Conflict]) -> bool {
     let cut = |value: &Value| value.get("cut").is_some() && value.get("begin").is_some();
-    tuple.as_object().is_some_and(|tuple| !tuple.values().any(cut))
+    let lacks = |conflict: &Conflict| conflict.tuple_complete == Some(false) && conflict.remote_tuple == *tuple;
+    tuple.as_object().is_some_and(|tuple| !tuple.values().any(cut)) && !group.iter().any(lacks)
 }
 
 #[cfg(test)]
@@ -863,6 +864,16 @@ mod tests {
             Course::Keep(version) => (version.origin, version.key),
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn a_row_of_which_not_all_was_sent_is_not_whole() {
+        let sent = Conflict { remote_tuple: json!({"id": 1}), ..missing() };
+        for (told, whole) in [(None, true), (Some(true), true), (Some(false), false)] {
+            let group = [Conflict { tuple_complete: told, ..sent.clone() }];
+            assert_eq!(is_whole(&sent.remote_tuple, &group), whole, "{told:?}");
+        }
+        assert!(!is_whole(&json!({"id": 1, "t": {"cut": 9, "begin": "x"}}), &[]));
     }
 
     fn missing() -> Conflict {

@@ -380,7 +380,9 @@ fn in_transaction(work: impl FnOnce() -> Option<i64> + UnwindSafe) -> Result<i64
             // SAFETY: the error has been taken from PostgreSQL; this undoes everything since StartTransactionCommand().
             unsafe { pg_sys::AbortCurrentTransaction() };
             // Of what goes on for hours it is said once that it has begun.
-            if !is_ending() && !(HINDERED.swap(failure == Failure::Passing, Relaxed) && failure == Failure::Passing) {
+            let passing = failure == Failure::Passing;
+            let said = HINDERED.swap(passing, Relaxed) && passing;
+            if !is_ending() && !said {
                 pgrx::warning!("stillebot could not write its log of conflicts: {message}");
             }
             Err(failure)

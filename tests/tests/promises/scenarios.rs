@@ -1319,6 +1319,10 @@ async fn a_conflict_of_a_copy_that_catches_up_stays_open_while_its_table_is_stuc
     })
     .await?;
     sikorsky.execute(DATABASE, "select multihome.refresh(false)").await?;
+    // The time of a copied row is the copy's.
+    let known =
+        "stillebot.copied as t cross join multihome.commit_of(t.xmin) as c where t.id = 1 and c.commit_ts is not null";
+    ensure!(count(gideon, known).await? == 0 && count(sikorsky, known).await? == 1);
     settled(&cluster).await?;
     ensure!(
         text(gideon, "select string_agg(name, ' ') from stillebot.copied").await?.as_deref()
@@ -1361,5 +1365,114 @@ async fn a_deleted_row_that_came_back_is_left_open_for_the_nodes_may_differ() ->
     resolve(gideon, &there, "local").await?;
     settled(&cluster).await?;
     ensure!(count(gideon, "stillebot.raids").await? == 1);
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn several_rows_in_the_way_are_left_to_the_agent_and_a_deferrable_index_puts_none_there() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    create(
+        &cluster,
+        "create table several (id int primary key, name text unique);
+         create table deferred (id int primary key, name text unique deferrable);",
+    )
+    .await?;
+    only_here(gideon, "insert into stillebot.several values (1, 'a'), (2, 'b')").await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.several values (1, 'b')").await?;
+    let row = wait_table(gideon, "several").await?;
+    ensure!(row["conflict_type"] == "multiple_unique_conflicts", "{row:#}");
+    let reason = refused(gideon, &format!("stillebot_resolve({}, 'newest')", id(&row)), "55000").await?;
+    ensure!(
+        reason.contains(&format!("stillebot-agent conflicts resolve gideon/{} --keep newest", id(&row))),
+        "{reason}"
+    );
+    let said = resolve(gideon, &row, "remote").await?;
+    ensure!(said.contains("2 local rows") && said.contains("if it has no conflict of this row"), "{said}");
+    settled(&cluster).await?;
+
+    let warnings = text(gideon, "select warnings from stillebot_status()").await?.unwrap_or_default();
+    ensure!(warnings.contains("index stillebot.deferred_name_key is deferrable"), "{warnings}");
+    only_here(gideon, "insert into stillebot.deferred values (1, 'gideon'), (2, 'x')").await?;
+    sikorsky.execute(DATABASE, "insert into stillebot.deferred values (1, 'x')").await?;
+    let row = wait_table(gideon, "deferred").await?;
+    ensure!(row["conflict_type"] == "insert_exists" && row["constraint_name"] == "deferred_pkey", "{row:#}");
+    resolve(gideon, &row, "remote").await?;
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    ensure!(count(gideon, "stillebot.deferred where name = 'x'").await? == 2, "a row went that was in nothing's way");
+    cluster.finish().await
+}
+
+#[tokio::test]
+async fn what_may_be_rolled_back_yet_is_not_inserted_and_what_cannot_be_skipped_says_so() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    expect_errors(&cluster, &["23505", "42704"]);
+    let (sikorsky, gideon) = (cluster.node("sikorsky"), cluster.node("gideon"));
+    create(&cluster, "create table phases (id int primary key, name text)").await?;
+    cluster.expect_log(" 57P01 logical replication"); // A subscription's worker goes with it.
+    subscribe_anew(&cluster, "two_phase = true").await?;
+    wait_until("two-phase commit", PATIENCE, || async {
+        let state = gideon.value::<i8>(DATABASE, "select subtwophasestate from pg_subscription").await?;
+        Ok((state == b'e' as i8).then_some(()))
+    })
+    .await?;
+    let prepared = async || {
+        wait_until("the transaction to be prepared", PATIENCE, || async {
+            text(gideon, "select gid from pg_prepared_xacts where database = current_database()").await
+        })
+        .await
+    };
+    sikorsky.execute(DATABASE, "insert into stillebot.phases values (1, 'a'), (2, 'b'), (3, 'c')").await?;
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    only_here(gideon, "delete from stillebot.phases where id in (1, 3)").await?;
+
+    let update = "begin; update stillebot.phases set name = 'x' where id = 1; prepare transaction 'one'";
+    sikorsky.execute(DATABASE, update).await?;
+    let row = wait_table(gideon, "phases").await?;
+    ensure!(row["conflict_type"] == "update_missing", "{row:#}");
+    prepared().await?;
+    let reason = refused(gideon, &format!("stillebot_resolve({}, 'remote')", id(&row)), "55000").await?;
+    ensure!(reason.contains("is prepared, and may be rolled back yet"), "{reason}");
+    sikorsky.execute(DATABASE, "commit prepared 'one'").await?;
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    resolve(gideon, &row, "remote").await?;
+
+    // Somebody ends it here, and it is to be committed.
+    sikorsky
+        .execute(DATABASE, "begin; update stillebot.phases set name = 'y' where id = 2; prepare transaction 'two'")
+        .await?;
+    let gid = prepared().await?;
+    gideon.execute(DATABASE, &format!("rollback prepared '{gid}'")).await?;
+    sikorsky.execute(DATABASE, "commit prepared 'two'").await?;
+    let row = wait_conflict(gideon, "the commit", |row| row["sqlstate"] == "42704").await?;
+    let reason = refused(gideon, &format!("stillebot_skip({})", id(&row)), "55000").await?;
+    ensure!(reason.contains("commit of a prepared transaction, which cannot be skipped"), "{reason}");
+    only_here(
+        gideon,
+        &format!("begin; update stillebot.phases set name = 'y' where id = 2; prepare transaction '{gid}'"),
+    )
+    .await?;
+    wait_went_on(gideon, &row).await?;
+
+    // With a transaction goes whatever was open of it.
+    only_here(gideon, "insert into stillebot.phases values (4, 'gideon')").await?;
+    sikorsky
+        .execute(
+            DATABASE,
+            "begin; update stillebot.phases set name = 'z' where id = 3; insert into stillebot.phases values (4, 'd'); commit",
+        )
+        .await?;
+    let missing =
+        wait_conflict(gideon, "the update", |row| row["status"] == "open" && row["blocking"] == false).await?;
+    let row = wait_conflict(gideon, "the insert", |row| row["status"] == "open" && row["blocking"] == true).await?;
+    let reason = refused(gideon, &format!("stillebot_resolve({}, 'remote')", id(&missing)), "55000").await?;
+    ensure!(reason.contains("is not applied yet"), "{reason}");
+    skip(gideon, &row).await?;
+    let skipped =
+        wait_conflict(gideon, "the end of it", |now| now["id"] == missing["id"] && now["status"] != "open").await?;
+    ensure!(skipped["status"] == "skipped", "{skipped:#}");
+    cluster.wait_applied("sikorsky", "gideon").await?;
+    ensure!(count(gideon, "multihome.conflicts where status = 'open'").await? == 0);
     cluster.finish().await
 }
