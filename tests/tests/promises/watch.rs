@@ -142,6 +142,11 @@ impl Watch {
         Ok(())
     }
 
+    /// Kilobytes of private memory that it has.
+    pub fn resident(&self) -> Result<i64> {
+        resident(self.child.id().context("it has ended")?)
+    }
+
     /// Ends it with SIGKILL, and on the servers what it had asked for.
     pub async fn kill(mut self, cluster: &Cluster) -> Result<()> {
         cluster.expect_log(" 57P01 ");
@@ -171,6 +176,13 @@ impl Watch {
         })
         .await
     }
+}
+
+/// Kilobytes of private memory of a process; 0 when it is gone.
+pub fn resident(pid: u32) -> Result<i64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    Ok(line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0))
 }
 
 fn push(lines: &Lines, text: &str) {
