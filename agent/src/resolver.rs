@@ -345,6 +345,8 @@ struct Way {
     to: String,
     subscription: String,
     position: PgLsn,
+    /// Another conflict is in the way.
+    held_up: bool,
 }
 
 /// One resolution under way. The sessions hold the lock of their nodes.
@@ -558,6 +560,7 @@ impl<'r, 'c> Work<'r, 'c> {
                 to: (*to).clone(),
                 subscription: subscription.clone(),
                 position,
+                held_up: false,
             }));
         }
         Ok(ways)
@@ -587,7 +590,7 @@ impl<'r, 'c> Work<'r, 'c> {
         }));
         let looks = self.limits.run(looks).await.map_err(|halt| self.halted(halt, "the subscriptions"))?;
         let (mut left, mut held_up) = (Vec::new(), BTreeSet::new());
-        for (way, look) in std::mem::take(ways).into_iter().zip(looks) {
+        for (mut way, look) in std::mem::take(ways).into_iter().zip(looks) {
             if let Some((received, others)) = look.map_err(|error| self.troubled(error))? {
                 if let Some(received) = received {
                     let before = self.received.insert((way.from.clone(), way.to.clone()), received);
@@ -595,6 +598,7 @@ impl<'r, 'c> Work<'r, 'c> {
                         self.moved = Some(Instant::now());
                     }
                 }
+                way.held_up = !others.is_empty();
                 held_up.extend(others);
                 left.push(way);
             }
@@ -891,7 +895,9 @@ impl<'r, 'c> Work<'r, 'c> {
                 looked_twice = false;
                 continue;
             }
-            if !ways.is_empty() && held_up.is_empty() {
+            // What is held up in one direction is no reason to look before the other one has caught up: a row that has not come
+            // yet would count as gone, and be deleted everywhere.
+            if ways.iter().any(|way| !way.held_up) {
                 self.pause(&ways).await?;
                 continue;
             }

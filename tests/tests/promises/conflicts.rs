@@ -190,7 +190,7 @@ async fn a_conflict_is_told_by_notification_within_a_second() -> Result<()> {
 }
 
 /// Ends the process that collects events on a node, if there is one.
-async fn end_collector(node: &Server) -> Result<bool> {
+pub async fn end_collector(node: &Server) -> Result<bool> {
     let query = "select count(*) > 0 from (select pg_terminate_backend(pid) from pg_stat_activity \
                  where backend_type = 'stillebot collector') ended";
     node.value("postgres", query).await
@@ -255,16 +255,14 @@ async fn a_storm_of_conflicts_loses_no_row_uncounted_and_stalls_nothing_while_th
 }
 
 /// Kilobytes of private memory that the replication workers and the collector of a node have.
-fn resident(node: &Server) -> Result<i64> {
+pub fn resident(node: &Server) -> Result<i64> {
     let pids = node.psql(
         "postgres",
         "select pid from pg_stat_activity where backend_type in ('stillebot collector', 'stillebot launcher', 'logical replication worker', 'logical replication apply worker')",
     )?;
     let mut sum = 0;
     for pid in pids.lines() {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
-        sum += line.and_then(|line| line.split_whitespace().next()?.parse::<i64>().ok()).unwrap_or(0);
+        sum += crate::watch::resident(pid.parse()?)?;
     }
     Ok(sum)
 }

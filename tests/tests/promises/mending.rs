@@ -1,12 +1,17 @@
 //! Rules, when there is much for them to do, when they fail, and when whoever follows them dies.
 
+use std::collections::BTreeSet;
+use std::time::Instant;
+
 use anyhow::{Result, ensure};
 use serde_json::Value;
 use stillebot_tests::cluster::DATABASE;
 use stillebot_tests::{Cluster, Server, wait_until};
 
 use crate::PATIENCE;
-use crate::conflicts::{Conflict, apart, conflicts, expect_errors, settled, wait_conflict, wait_open};
+use crate::conflicts::{
+    Conflict, apart, conflicts, end_collector, expect_errors, resident, settled, wait_conflict, wait_open,
+};
 use crate::watch::Watch;
 
 const WATCH: &str = "
@@ -382,6 +387,61 @@ async fn with_three_nodes_a_rule_leaves_all_with_one_active_command() -> Result<
         ensure!(active.as_deref() == Some("rodan") && all == 3, "{}: {active:?} of {all}", node.name());
         ensure!(conflicts(node).await?.iter().all(|row| row["status"] != "open"));
     }
+    watch.end().await?;
+    cluster.finish().await
+}
+
+/// Every key is inserted on both sides, each in a transaction of its own, so apply stops at each of them.
+#[tokio::test]
+async fn a_storm_of_conflicts_that_stop_apply_is_settled_by_rule_while_collectors_are_killed() -> Result<()> {
+    const EACH: i64 = 120;
+    let cluster = ruled(Cluster::builder(), &[("raids", OF_GIDEON)]).await?;
+    let inserts = |by: i64| {
+        format!(
+            "do $$ begin for i in 1..{EACH} loop
+                 insert into stillebot.raids values (i, i, '{by}'); commit;
+             end loop; end $$"
+        )
+    };
+    let watch = Watch::start(&cluster).await?;
+    apart(&cluster, &inserts(1), &inserts(2)).await?;
+    let kept = "select count(*) from stillebot.raids where data = '2'";
+    let (mut ended, mut killed_at) = (0, 0);
+    let memory = || -> Result<[i64; 3]> {
+        Ok([watch.resident()?, resident(cluster.node("sikorsky"))?, resident(cluster.node("gideon"))?])
+    };
+    wait_until("the rule to settle a part of it", 4 * PATIENCE, || async {
+        Ok((cluster.node("sikorsky").value::<i64>(DATABASE, kept).await? >= EACH / 5).then_some(()))
+    })
+    .await?;
+    let early = memory()?;
+    let deadline = Instant::now() + 4 * PATIENCE;
+    loop {
+        let settled: i64 = cluster.node("sikorsky").value(DATABASE, kept).await?;
+        if settled == EACH {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "{settled} of {EACH} are settled");
+        if settled >= killed_at + EACH / 10 {
+            killed_at = settled;
+            for node in cluster.nodes() {
+                ended += i32::from(end_collector(node).await?);
+            }
+        }
+    }
+    settled(&cluster).await?;
+    let late = memory()?;
+    println!("memory at 20 %: {early:?} kB, at the end: {late:?} kB; {ended} collectors ended");
+    ensure!(ended >= 4, "the collectors were ended {ended} times");
+    for (early, late) in early.into_iter().zip(late) {
+        ensure!(late < early * 3 / 2 + 10_000, "{early} kB have become {late} kB");
+    }
+    let mut told = BTreeSet::new();
+    for node in cluster.nodes() {
+        let of_raids = conflicts(node).await?.into_iter().filter(|row| row["relname"] == "raids");
+        told.extend(of_raids.map(|row| row["replica_identity"].to_string()));
+    }
+    ensure!(told.len() as i64 == EACH, "{} of {EACH} are in a log", told.len());
     watch.end().await?;
     cluster.finish().await
 }
