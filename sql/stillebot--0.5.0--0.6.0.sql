@@ -35,6 +35,17 @@ return case when coalesce(entry.copied, case when entry.transaction_kind = 'copy
 revoke execute on function multihome.is_past(multihome.log) from public;
 comment on function multihome.is_past(multihome.log) is 'Whether the worker that met a conflict has got past its transaction, or has ended the copy that it was at.';
 
+create function multihome.is_open(conflict_id bigint) returns boolean
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+begin atomic
+    select exists (select from multihome.log as l
+                    where l.node = multihome.node_id() and l.id = conflict_id and l.status = 'open' and not (l.blocking and multihome.is_past(l)));
+end;
+revoke execute on function multihome.is_open(bigint) from public;
+comment on function multihome.is_open(bigint) is
+'Whether a conflict is still to be answered: it is not closed, nor has apply gone on without its having been noted yet. For the agent, which answers what others may have answered.';
+
 create function multihome.is_here(relation oid, key jsonb) returns boolean
 language plpgsql stable
 set search_path = pg_catalog, pg_temp

@@ -16,6 +16,7 @@ grant execute on function multihome.close_window(interval) to {role};
 grant execute on function multihome.note_schema_change(text, text, text, text[], text) to {role};
 grant execute on function multihome.schema_changes() to {role};
 grant execute on function multihome.conclude_schema_changes() to {role};
+grant execute on function multihome.is_open(bigint) to {role};
 grant execute on function multihome.copy_table(text, text, boolean) to {role};
 grant execute on function multihome.count_rows(text, bigint) to {role};
 grant execute on function multihome.schema() to {role};

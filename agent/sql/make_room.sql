@@ -4,4 +4,4 @@ select r.tuple::text as tuple
   from multihome.conflicts c
  cross join lateral multihome.make_room(c.id, $2::text::jsonb) as r (tuple)
  where c.id = $1
-   and c.status = 'open'
+   and multihome.is_open(c.id)

@@ -2,4 +2,4 @@
 select public.stillebot_resolve(c.id, $2) as done
   from multihome.conflicts c
  where c.id = $1
-   and c.status = 'open'
+   and multihome.is_open(c.id)

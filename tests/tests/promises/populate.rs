@@ -60,8 +60,16 @@ async fn a_table_created_with_rows_is_copied_once_and_replicates_both_ways_from_
     cluster.wait_replicated().await?;
     cluster.assert_identical().await?;
 
+    // Run again, there is nothing to do; and a table that has other rows on both is left alone.
+    let again = agent(&cluster, &arguments).await?.expect_code(0)?;
+    ensure!(again.json["nodes"] == serde_json::json!([]) && again.json["rows"] == 5199, "{again:?}");
+    cluster.node("gideon").execute(DATABASE, "alter subscription multihome disable").await?;
+    cluster.node("sikorsky").execute(DATABASE, "insert into stillebot.songs values (-1, 'late')").await?;
     let again = agent(&cluster, &arguments).await?.expect_code(1)?;
-    ensure!(again.says("has 5199 rows on gideon and 5199 on sikorsky"), "{again:?}");
+    ensure!(again.says("has 5199 rows on gideon and 5200 on sikorsky"), "{again:?}");
+    cluster.node("gideon").execute(DATABASE, "alter subscription multihome enable").await?;
+    cluster.wait_replicated().await?;
+    cluster.assert_identical().await?;
     cluster.expect_log("terminating logical replication worker due to administrator command");
     cluster.finish().await
 }
