@@ -36,7 +36,7 @@ fn write(host: &Host, first: u32) -> Result<Child> {
         .command(&format!(
             "cd /tmp; id={first}
              while ! test -e stop; do
-               if test -e pause; then cp pause paused; sleep 0.1
+               if cp pause paused 2>/dev/null; then sleep 0.1
                elif setpriv --reuid=postgres --regid=postgres --clear-groups psql -XAtqd stillebot -c \
                  \"insert into config values ($id, '{name}') on conflict do nothing\" 2>/dev/null
                then echo $id >>acknowledged; id=$((id + 1)); sleep 0.05
@@ -55,10 +55,16 @@ fn acknowledged(host: &Host) -> Result<Vec<String>> {
 
 async fn wait_written(host: &Host) -> Result<()> {
     let goal = acknowledged(host)?.len() + 5;
-    wait_until(&format!("writes on {}", host.name()), PATIENCE, || async {
+    let written = wait_until(&format!("writes on {}", host.name()), PATIENCE, || async {
         Ok((acknowledged(host)?.len() >= goal).then_some(()))
     })
-    .await
+    .await;
+    let at_work = "select state, wait_event, pg_blocking_pids(pid), pid, xact_start, query from pg_stat_activity where xact_start < now()";
+    written.with_context(|| {
+        let sessions = host.sql("stillebot", at_work);
+        let last = host.run("tail -n 20 /var/log/postgresql/*.log; ls /tmp; ps aux 2>/dev/null || true");
+        format!("{:?}\n{}", sessions, last.unwrap_or_default())
+    })
 }
 
 /// Has both writers rest, until they are told to go on.
@@ -196,7 +202,7 @@ END",
     set(&hosts, Cable::Cut)?;
     for host in &hosts {
         host.sql("stillebot", &format!("insert into config values (1, 'of {}')", host.name()))?;
-        wait_written(host).await?;
+        wait_written(host).await.context("while the cable is cut")?;
     }
     set(&hosts, Cable::Whole)?;
     let conflicts =
@@ -287,7 +293,7 @@ END"
         *child = again;
     }
     ensure!(!is_up(gideon)? && is_up(sikorsky)?, "after the loss of power");
-    wait_written(sikorsky).await?;
+    wait_written(sikorsky).await.context("after the loss of power")?;
     assert_well(&hosts).await.context("after the loss of power")?;
 
     let [sikorsky, gideon] = &hosts;

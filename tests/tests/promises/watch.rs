@@ -343,9 +343,10 @@ async fn what_is_applied_long_after_it_was_written_is_slow_with_the_time_to_catc
     let (cluster, watch) = watched().await?;
     let link = cluster.link("sikorsky", "gideon");
     link.slow(100_000).await?;
-    // Half a minute's worth.
+    // Half a minute's worth, written in a moment: while it grows nobody can say when it will be over.
     let rows = "do $$ begin for i in 1..3000 loop
-                    insert into stillebot.config values (1, i, to_jsonb(repeat(md5(i::text), 32))); commit;
+                    insert into stillebot.config values (1, i, to_jsonb(repeat(md5(i::text), 32)));
+                    if i % 100 = 0 then commit; end if;
                 end loop; end $$";
     cluster.node("sikorsky").execute(DATABASE, rows).await?;
     watch.hear("gideon", &["sikorsky -> gideon slow since 2", " behind, ", " to catch up at the present rate"]).await?;
