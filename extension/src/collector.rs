@@ -211,12 +211,18 @@ fn drain(queue: &Queue) -> News {
             return News { any, more: false };
         }
         any = true;
-        // Told twice if this process dies before they are removed, which does no harm; not at all if that fails.
-        let changes: Vec<Vec<u8>> = events.iter().filter_map(|(_, record)| schema_change(record)).collect();
+        let mut changes = Vec::new();
+        events.retain(|(_, record)| match schema_change(record) {
+            Some(change) => {
+                changes.push(change);
+                false
+            }
+            None => true,
+        });
         if !changes.is_empty() {
+            // Again, if this process dies or what is with them cannot be recorded yet, which does no harm; not at all if that fails.
             run(TELL, &changes);
         }
-        events.retain(|(_, record)| schema_change(record).is_none());
         let texts: Vec<Vec<u8>> = events.iter().map(|(_, record)| json(record, false)).collect();
         if texts.is_empty() || run(RECORD, &texts).is_some() {
             ring.remove_to(position);

@@ -219,8 +219,11 @@ impl Transaction {
         {
             self.described.push(table);
             push_frame(&mut self.relations, |out| out.extend_from_slice(description));
-            // Types that are not built in came before the table that needs them; without them it says less.
-            if let Ok(Decoded { message: Message::Relation(relation), .. }) = pgoutput::decode(description, false) {
+            // Types that are not built in came before the table that needs them; without them it says less. Most databases have none,
+            // and this is done for each transaction.
+            if !publisher.types.is_empty()
+                && let Ok(Decoded { message: Message::Relation(relation), .. }) = pgoutput::decode(description, false)
+            {
                 for column in relation.columns() {
                     if let Some(name) = Publisher::find(&publisher.types, column.type_oid)
                         && self.relations.len() + name.len() <= DESCRIBED
