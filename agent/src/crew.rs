@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
+use tokio_postgres::types::PgLsn;
 
 use crate::config::{Config, Node};
 use crate::facts::{self, State};
@@ -191,6 +192,12 @@ impl<'a> Crew<'a> {
         }
         let state = facts::state(&session, LOOK_BOUND).await?;
         Ok((session, state))
+    }
+
+    /// Whether a subscription of a node has applied everything up to that position of its publisher.
+    pub async fn has_applied(&self, node: &str, subscription: &str, position: PgLsn) -> Result<bool, NodeError> {
+        let rows = self.session(node)?.rows(sql::APPLIED, &[&subscription, &position], LOOK_BOUND).await?;
+        Ok(rows.first().and_then(|row| row.get::<_, Option<bool>>("applied")) == Some(true))
     }
 
     /// Runs a query on a node through its session, and gives the session up if the outcome is unknown.

@@ -598,8 +598,7 @@ impl<'a> Work<'a> {
         let limits = Limits::new(self.how.wait, &self.context.signals);
         while let Some((from, to, position)) = ways.last() {
             let subscription = self.context.config.subscription_to(from);
-            let rows = self.crew.session(to)?.rows(sql::APPLIED, &[&subscription, position], LOOK_BOUND).await?;
-            if rows.first().and_then(|row| row.get::<_, Option<bool>>("applied")) == Some(true) {
+            if self.crew.has_applied(to, &subscription, *position).await? {
                 ways.pop();
                 continue;
             }

@@ -187,11 +187,7 @@ async fn drain(context: &Context, crew: &Crew<'_>, from: &str, until: Instant) -
     let subscription = context.config.subscription_to(from);
     let until = until.min(Instant::now() + DRAIN_BOUND);
     for to in crew.names().into_iter().filter(|name| name != from) {
-        loop {
-            let rows = crew.session(&to)?.rows(sql::APPLIED, &[&subscription, &position], LOOK_BOUND).await?;
-            if rows.first().and_then(|row| row.get::<_, Option<bool>>("applied")) == Some(true) {
-                break;
-            }
+        while !crew.has_applied(&to, &subscription, position).await? {
             if let Some(why) = halt(context, until, DRAIN_BOUND) {
                 let message = format!("{to} has not applied all that {from} had written: {why}; nothing was changed");
                 return Err(Failure::new(Kind::Undone, message).hint("see status and conflicts list"));

@@ -374,12 +374,7 @@ impl Work<'_> {
             let position: PgLsn = self.crew.session(&from.name)?.row(sql::POSITION, &[], LOOK_BOUND).await?.get("lsn");
             let subscription = self.context.config.subscription_to(&from.name);
             for to in self.context.config.nodes.iter().filter(|to| to.name != from.name) {
-                let session = self.crew.session(&to.name)?;
-                loop {
-                    let rows = session.rows(sql::APPLIED, &[&subscription, &position], LOOK_BOUND).await?;
-                    if rows.first().and_then(|row| row.get("applied")).unwrap_or(false) {
-                        break;
-                    }
+                while !self.crew.has_applied(&to.name, &subscription, position).await? {
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
             }
